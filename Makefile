@@ -1,0 +1,71 @@
+# Written for GNU make 3.81 (macOS) and later. Every target makes .venv first, once.
+
+TORCH  ?= torch==2.13.0
+CONFIG := nano
+ARGS   :=
+JOBS   := 2
+
+# The versions that are tested come first; each is run, because a name in PATH may be a shim with nothing behind it.
+PROBE  := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+            $$p -c '$(PROBE)' 2>/dev/null && echo $$p && break; done)
+
+PY      := .venv/bin/python
+PIP     := $(PY) -m pip --disable-pip-version-check
+READY   := .venv/.ready
+# One thread a process: two processes with two threads each wait for one another.
+ONE     := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+# A kernel that was registered for this user must not run instead of .venv's own.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test soak lab nb bench lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F '|' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+setup: $(READY) ## only install, into .venv (PYTHON=... and TORCH="torch==..." choose others)
+
+train: $(READY) ## train a model on this machine (CONFIG=micro; ARGS="--train.steps 50")
+	$(PY) -m nanomai train $(CONFIG) $(ARGS)
+
+test: $(READY) ## run every test, then every notebook against its stored outputs
+	$(ONE) $(PY) -m pytest -n $(JOBS) --dist loadfile tests
+	$(if $(wildcard notebooks),$(ONE) env -u MPLBACKEND $(PY) -m pytest --nbval -n $(JOBS) --dist loadscope notebooks)
+
+soak: $(READY) ## run the long versions of the fault tests
+	$(ONE) $(PY) -m pytest -m soak tests $(ARGS)
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	$(PY) -m jupyterlab notebooks
+
+nb: $(READY) ## execute the notebooks anew from their .py halves (ARGS="notebooks/01_bpe.py" for one)
+	$(ONE) env -u MPLBACKEND $(PY) tools/execute.py $(ARGS)
+
+bench: $(READY) ## run every benchmark
+	set -e; for script in benchmarks/*.py; do $(PY) $$script $(ARGS); done
+
+lint: $(READY) ## check the style
+	$(PY) -m ruff check .
+
+clean: ## remove .venv, caches and build leftovers; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find nanomai tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# A .venv without its stamp is the rest of a killed install and is made anew. torch goes first and is then held to
+# the very build that was installed, so that no other requirement can move it.
+$(READY): pyproject.toml Makefile
+	@test -f $@ || $(or $(PYTHON),false) -c '$(PROBE)' 2>/dev/null || { echo \
+	  "nanomai needs Python 3.11 or later with venv and ensurepip; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -f $@ || $(PYTHON) -m venv --clear .venv
+	rm -f $@
+	$(PIP) install $(TORCH)
+	$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > .venv/constraints.txt
+	$(PIP) install -c .venv/constraints.txt -e '.[dev]'
+	touch $@
+
+# A torch that is asked for by name is installed even where .venv is ready.
+ifneq ($(origin TORCH),file)
+$(READY): FORCE
+endif
+FORCE:

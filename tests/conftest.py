@@ -1,0 +1,16 @@
+"""What every test shares: one CPU thread, so that tests that run side by side do not wait for one another."""
+
+import os
+import sys
+
+# Read when torch is first imported, here and in every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Training sets torch's threads for the whole process; the next test must not inherit them."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
