@@ -13,6 +13,7 @@ import importlib
 _HOMES = {
     "Config": "config", "ModelConfig": "config", "ConfigError": "config", "load_config": "config_file",
     "build_model": "model", "Transformer": "model", "train": "trainer", "RunResult": "trainer", "load_run": "runs",
+    "read_metrics": "runs",
     "generate": "sampling", "stream_text": "sampling", "evaluate": "evaluation", "evaluate_text": "evaluation",
     "Tokenizer": "tokenizer", "get_tokenizer": "tokenizer", "train_bpe": "tokenizer", "prepare": "prepare",
 }

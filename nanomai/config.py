@@ -49,14 +49,17 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        _positive(self, "model", "n_layers d_model n_heads n_kv_heads head_dim d_ff vocab_size context_length norm_eps init_std rope_theta")
+        _positive(self, "model", "n_layers d_model n_heads n_kv_heads head_dim d_ff vocab_size context_length norm_eps "
+                                 "init_std rope_theta")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; "
                               f"every key-value head must serve the same number of query heads", "model.n_kv_heads")
         if self.position == "rope" and self.head_dim % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of numbers", "model.head_dim")
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of numbers",
+                              "model.head_dim")
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window {self.sliding_window} must be at least 1, or null", "model.sliding_window")
+            raise ConfigError(f"sliding_window {self.sliding_window} must be at least 1, or null",
+                              "model.sliding_window")
         if self.tied_embeddings and "head" in self.biases:
             raise ConfigError("a head bias needs tied_embeddings: false", "model.biases")
 
@@ -86,7 +89,8 @@ class ModelConfig:
         half is counted too, as some publications do). Norms, softmax and the optimizer are left out.
         """
         t = sequence_length or self.context_length
-        seen = min(t, 2 * self.sliding_window) if self.sliding_window else t  # twice the mean number of keys
+        window = min(t, self.sliding_window or t)
+        seen = 2 * window - window * window // t  # twice the mean number of keys: t without a window
         matmul = self.n_layers * self.parameters_per_layer + self.vocab_size * self.d_model
         return 6 * matmul + 6 * self.n_layers * seen * self.n_heads * self.head_dim
 
@@ -97,6 +101,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The text: where it comes from, how it becomes tokens, and what is held out."""
+
     corpus: str = "stdlib"
     """`stdlib` (the running interpreter's standard library), a file or folder of text, JSONL or Parquet,
     `hf:NAME` (needs the `datasets` extra), or a mixture PATH:WEIGHT[:MAX_EPOCHS],PATH:WEIGHT[:MAX_EPOCHS],..."""
@@ -123,6 +129,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """The optimizer and its learning rate."""
+
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` takes the hidden matrices (arXiv 2502.16982) and AdamW the rest."""
     lr: float | dict[int, float] = 1e-3
@@ -160,6 +168,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The run: how long, in what batches, on what, and what it writes on the way."""
+
     steps: int = 100
     batch_tokens: int | dict[int, int] = 8192
     """Tokens in one optimizer step, over all ranks; or {step: tokens}, each from its step on."""
@@ -203,6 +213,9 @@ class TrainConfig:
 
     def __post_init__(self):
         _positive(self, "train", "steps keep_checkpoints log_every spike_deviations max_skipped")
+        if self.sequence_length is not None and self.sequence_length < 1:
+            raise ConfigError(f"sequence_length {self.sequence_length} must be at least 1, or null",
+                              "train.sequence_length")
         for name in ("eval_every", "sample_every", "checkpoint_every", "profile_steps", "micro_batch", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative", f"train.{name}")

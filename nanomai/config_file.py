@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -23,13 +24,14 @@ def find_config(name: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml") and path.exists():
         return path
     known = {p.stem: p for p in sorted(CONFIG_FOLDER.glob("*.yaml"))}
-    if path.name == str(name) and path.stem in known:
-        return known[path.stem]
+    stem = str(name).removesuffix(".yaml")  # not path.stem: to it, phi-1.5 is phi-1 with a suffix
+    if stem in known:
+        return known[stem]
     raise ConfigError(f"no configuration {str(name)!r}: neither a file nor one of {', '.join(known)}"
-                      f"{_nearest(path.stem, known)}")
+                      f"{_nearest(stem, known)}")
 
 
-def load_config(name: str | Path, **overrides: Any) -> Config:
+def load_config(name: str | Path, /, **overrides: Any) -> Config:
     """Reads a YAML file strictly; `overrides` are dotted: `load_config("nano", **{"train.steps": 200})`."""
     path = find_config(name)
     try:
@@ -58,7 +60,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values, "")
 
 
-def replace(config: Config, **overrides: Any) -> Config:
+def replace(config: Config, /, **overrides: Any) -> Config:
     """A copy with dotted fields changed: `replace(config, **{"train.steps": 10})`."""
     values = dataclasses.asdict(config)
     for dotted, value in overrides.items():
@@ -69,18 +71,18 @@ def replace(config: Config, **overrides: Any) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole tree, in the form that `load_config` reads."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(values, sort_keys=False)  # in ASCII: PyYAML writes some line breaks of Unicode as they are
 
 
 def _read(node: yaml.Node, hint: Any, dotted: str, path: Path, lines: dict[str, int]) -> Any:
     """The plain value of a YAML node; keeps the line of every setting and refuses unknown and duplicate keys."""
     if not dataclasses.is_dataclass(hint):
-        return yaml.SafeLoader("").construct_object(node, deep=True)
+        return _construct(node, dotted, path)
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}:{node.start_mark.line + 1}: {dotted or 'the file'} must be a mapping of settings")
     hints, found = typing.get_type_hints(hint), {}
     for key_node, value_node in node.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
+        key, line = str(key_node.value), key_node.start_mark.line + 1
         name = f"{dotted}.{key}".lstrip(".")
         if key not in hints:
             raise ConfigError(f"{path}:{line}: unknown setting {name!r}{_nearest(key, hints)}", name)
@@ -89,6 +91,18 @@ def _read(node: yaml.Node, hint: Any, dotted: str, path: Path, lines: dict[str, 
         lines[name] = line
         found[key] = _read(value_node, hints[key], name, path, lines)
     return found
+
+
+def _construct(node: yaml.Node, dotted: str, path: Path) -> Any:
+    """The value of one setting; {step: value} may not give a step twice."""
+    where = f"{path}:{node.start_mark.line + 1}: {dotted}"
+    try:
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}", dotted) from None
+    if isinstance(value, dict) and len(value) < len(node.value):
+        raise ConfigError(f"{where} gives the same key twice", dotted)
+    return value
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -112,6 +126,8 @@ def _build(hint: Any, value: Any, dotted: str) -> Any:
             return _convert(value, hint)
         except ValueError as error:
             raise ConfigError(str(error), dotted) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{dotted} must be a mapping of settings", dotted)
     hints = typing.get_type_hints(hint)
     unknown = [key for key in value if key not in hints]
     if unknown:
@@ -143,16 +159,21 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     elif hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         number = _number(value)
-        if hint is float or number == int(number):
+        if number is not None and (hint is float or number == int(number)):
             return hint(number)
     raise ValueError(f"{value!r} is not {_describe(hint)}")
 
 
-def _number(value: int | float | str) -> int | float:
-    number = float(value) if not isinstance(value, int) else value
-    if number != number or number in (float("inf"), float("-inf")):
+def _number(value: int | float | str) -> int | float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{value!r} is not a finite number")
-    return number
+    return value if isinstance(value, int) else number
 
 
 def _describe(hint: Any) -> str:

@@ -1,0 +1,227 @@
+"""Checkpoints that survive: sharded by torch.distributed.checkpoint, atomic, verified before they are believed.
+
+    checkpoints/step-00000200/
+        __0_0.distcp .metadata     tensors, by torch.distributed.checkpoint: one layout for one rank or many
+        state.json                 step, samples consumed, guard statistics, configuration
+        manifest.json              size and checksum of every file above: written last
+    checkpoints/LATEST             the name of the newest one
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so a kill at any instant leaves either
+the whole of it or nothing; nothing is ever overwritten (half-old, half-new files load without an error and mix two
+models). What does not verify is named, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from nanomai.parallel.mesh import Mesh
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used: one line that names it and says what is wrong."""
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int = 2,
+         mesh: Mesh | None = None) -> Path:
+    """Writes `folder/step-N` and then removes all but the newest `keep`. Collective: every rank calls it.
+
+    A good checkpoint of the same step stays as it is: the state of a run at a step is one. Raises CheckpointError
+    where the disk is full or cannot be written; what was saved before is untouched.
+    """
+    mesh = mesh or Mesh()
+    final, temporary = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
+    try:
+        mesh.from_main(lambda: _begin(temporary))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # true of one process, and fine
+            dcp.save(tensors, storage_writer=FileSystemWriter(temporary), no_dist=mesh.world_size == 1)
+        mesh.from_main(lambda: _finish(temporary, final, state, keep))
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # what it holds of a full disk is given back
+        raise CheckpointError(f"{final} cannot be written: {_cause(error)}; what was saved before is good") from None
+    return final
+
+
+def _begin(temporary: Path) -> None:
+    for killed in temporary.parent.glob(".writing-*"):
+        shutil.rmtree(killed, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _finish(temporary: Path, final: Path, state: dict, keep: int) -> None:
+    """Seals what all ranks have written, moves it into place and removes what is superseded."""
+    folder = final.parent
+    _write(temporary / "state.json", json.dumps(state))
+    files = {p.name: {"bytes": p.stat().st_size, "blake2b": _checksum(p)} for p in sorted(temporary.iterdir())}
+    _write(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
+    _flush(temporary)
+    if _is_good(final):
+        shutil.rmtree(temporary)
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+    _flush(folder)
+    _write(folder / "LATEST.writing", final.name)
+    os.replace(folder / "LATEST.writing", folder / "LATEST")
+    _flush(folder)
+    older = [path for path in _all(folder) if path.name < final.name]
+    newer = [path for path in _all(folder) if path.name > final.name]  # damaged, or this run would have begun there
+    for path in newer + older[keep - 1 :]:
+        shutil.rmtree(path)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _cause(error: BaseException) -> str:
+    """The operating system's words, which the library wraps with every rank's traceback and its own later trouble."""
+    for failure in getattr(error, "failures", {}).values():
+        error = failure[0]
+    deeper = error
+    while deeper is not None and not getattr(deeper, "strerror", None):
+        deeper = deeper.__cause__ or deeper.__context__
+    return deeper.strerror if deeper else (str(error) or type(error).__name__).splitlines()[0]
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that verifies, or None; and a line for each newer one that does not."""
+    complaints = []
+    for path in _all(folder):
+        try:
+            verify(path)
+            return path, complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def verify(path: Path) -> None:
+    """Raises CheckpointError unless every file of the manifest is there, whole and unchanged."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        named = {name: (entry["bytes"], entry["blake2b"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: manifest.json is missing or unreadable; the checkpoint is incomplete") from None
+    for name in {".metadata", "state.json"} - named.keys():
+        raise CheckpointError(f"{path}: manifest.json does not list {name}; the checkpoint is incomplete")
+    for name, (size, checksum) in named.items():
+        file = path / name
+        if file.name != name or not file.is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, not {size}: it is truncated")
+        if _checksum(file) != checksum:
+            raise CheckpointError(f"{path}: {name} does not match its checksum: it is damaged")
+
+
+def load(path: Path, tensors: dict[str, Tensor], mesh: Mesh | None = None) -> None:
+    """Reads the checkpoint into `tensors`, in place; names and shapes must be those that were saved."""
+    reader = _SafeReader(path)
+    saved = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        entry = saved.get(name)
+        if not isinstance(entry, TensorStorageMetadata):  # the library would unpickle any other kind blindly
+            raise CheckpointError(f"{path}: no tensor {name!r}; it was saved from another model or optimizer")
+        if tuple(entry.size) != tuple(tensor.shape):
+            raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)} there and {tuple(tensor.shape)} here")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=mesh is None or mesh.world_size == 1)
+        except CheckpointException as error:
+            raise CheckpointError(f"{path} cannot be read: {_cause(error)}") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite; delete this checkpoint to go "
+                                  "back to the one before")
+
+
+def read_state(path: Path) -> dict:
+    """What was saved beside the tensors."""
+    return json.loads((path / "state.json").read_text())
+
+
+class _SafeReader(FileSystemReader):
+    """The library's reader, except that its pickled metadata may name the library's own classes only."""
+
+    def read_metadata(self, *args, **kwargs):
+        try:
+            with open(Path(self.path) / ".metadata", "rb") as file:
+                metadata = _MetadataUnpickler(io.BytesIO(file.read())).load()
+        except Exception as error:  # bytes that are no pickle raise nearly anything
+            raise CheckpointError(f"{self.path}: .metadata is not a checkpoint's: {error}") from None
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+            raise CheckpointError(f"{self.path}: .metadata is not a checkpoint's: it holds something else")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds plain containers, shapes, dtypes, and the data classes and enumerations of checkpoints; nothing else."""
+
+    HOMES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+
+    OTHERS = frozenset({("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
+                        ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")})
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in self.OTHERS:
+            return super().find_class(module, name)
+        if module in self.HOMES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
+                return found
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+
+def _all(folder: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: p.name, reverse=True)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Makes the names in `folder` survive a power cut, where the system can (Windows cannot open a folder)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

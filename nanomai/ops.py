@@ -1,0 +1,191 @@
+"""The operations a Transformer is made of, each beside its plain definition.
+
+`name` is what the model calls; `name_plain` is the same thing as you would write it on a blackboard, slow and
+obvious. Tests hold every pair together, forward and backward, in float64.
+
+Numbers: products run in the dtype of the activations (bfloat16 in mixed precision); means of squares, softmax,
+rotations and losses are computed in float32 at least, because bfloat16 keeps only 8 bits of each number.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # a target that carries no loss
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """float32, or float64 where the input already is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# --- Normalisation ----------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467). (..., D) -> (..., D)"""
+    wide = _wide(x)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+
+
+def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition of `rms_norm`."""
+    mean_square = x.pow(2).mean(-1, keepdim=True)
+    return x / torch.sqrt(mean_square + eps) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def layer_norm_plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The definition of `layer_norm`."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight + bias
+
+
+# --- Rotary positions -------------------------------------------------------------------------------------------------
+
+
+def rotary_table(positions: Tensor, dim: int, theta: float,
+                 dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle position * theta^(-2i/dim): (..., T) -> two of (..., T, dim/2)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim)  # (dim/2,)
+    angles = positions.to(wide)[..., None] * frequencies  # (..., T, dim/2)
+    return angles.cos(), angles.sin()
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + K/2]) by its angle (RoPE, Su et al. 2021, arXiv 2104.09864; the halves of Llama).
+
+    x (B, H, T, K); cos, sin (T, K/2), or (B, 1, T, K/2) where rows stand at different positions.
+    """
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)  # (B, H, T, K/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def rotary_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition of `rotary`."""
+    a, b = x.chunk(2, dim=-1)
+    turned = torch.complex(a, b) * torch.complex(cos, sin)  # a rotation is a product of complex numbers
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+# On a CPU the library's flash kernel is slow in the backward pass: at (16, 6, 256, 64) in bfloat16 the plain formula
+# takes 0.4 of its time (benchmarks/attention.py). Above this many scores the memory of (T, S) matrices matters more.
+EXPLICIT_SCORES_LIMIT = 2**25
+
+
+def attention_mask(query_positions: Tensor, key_positions: Tensor, window: int | None = None,
+                   query_documents: Tensor | None = None, key_documents: Tensor | None = None) -> Tensor:
+    """True where a query may look: not ahead, not beyond the window, not into another document.
+
+    positions (T,), (S,) or (B, T), (B, S); documents (B, T), (B, S). Returns (T, S) or (B, 1, T, S).
+    """
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance < window)
+    if query_documents is not None:
+        allowed = allowed & (query_documents[:, :, None] == key_documents[:, None, :])
+    return allowed[:, None] if allowed.ndim == 3 else allowed
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v for grouped heads (arXiv 1706.03762, 2305.13245).
+
+    q (B, H, T, K); k, v (B, G, S, K) with G dividing H; mask broadcasts to (B, H, T, S), True where a query may
+    look; None is causal, the queries being the last T of the S positions. Returns (B, H, T, K).
+    """
+    if q.device.type == "cpu" and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= EXPLICIT_SCORES_LIMIT:
+        return attention_plain(q, k, v, mask)
+    square = q.shape[2] == k.shape[2]
+    if mask is None and not square:
+        mask = causal_mask(q, k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attention_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The definition of `attention`: every score is a number in memory."""
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:  # (B, G, S, K) -> (B, H, S, K): each key-value head serves its group of query heads
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = (q @ k.transpose(-1, -2)).to(_wide(q)) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    if q.shape[2] > 1 or mask is not None:  # one last query may look at all there is
+        scores = scores.masked_fill(~(causal_mask(q, k) if mask is None else mask), -torch.inf)
+    return scores.softmax(-1).to(q.dtype) @ v
+
+
+def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """(T, S) for queries that are the last T of S positions."""
+    positions = torch.arange(k.shape[2], device=q.device)
+    return attention_mask(positions[-q.shape[2]:], positions)
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+LOGITS_BYTES = 2**28  # of float32 logits alive at once; smaller chunks add up the weight's gradient more often
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight^T + bias)[target], without ever holding all the logits.
+
+    hidden (N, D), weight (V, D), targets (N,) with IGNORE where there is no loss, bias (V,) or None. At V = 100,352
+    the logits of 8,192 tokens are 3.3 GB in float32 and their gradient as much again. Here a chunk of tokens goes
+    through logits, loss and both gradients before the next begins (as Liger-Kernel, arXiv 2410.10989, does on a GPU);
+    the loss is a plain sum, so the backward pass only has to scale what was stored.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, torch.is_grad_enabled())
+
+
+def linear_cross_entropy_plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition of `linear_cross_entropy`: all logits at once."""
+    logits = F.linear(hidden, weight, bias)  # (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, with_grad):
+        # needs_input_grad does not know of torch.no_grad
+        wide, needs_grad = _wide(hidden), with_grad and any(ctx.needs_input_grad)
+        w, b = weight.to(hidden.dtype), bias
+        loss = hidden.new_zeros((), dtype=wide)
+        d_hidden = torch.empty_like(hidden) if needs_grad else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if needs_grad and bias is not None else None
+        chunk = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], w).to(wide)  # (n, V)
+            log_p = F.log_softmax(logits if b is None else logits + b, dim=-1)
+            valid = (targets[rows] != IGNORE)[:, None]  # (n, 1)
+            target = targets[rows, None].masked_fill(~valid, 0)
+            loss -= (log_p.gather(1, target) * valid).sum()
+            if needs_grad:
+                d_logits = log_p.exp_()  # softmax minus one at the target is the gradient of the loss
+                d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1.0))
+                if d_bias is not None:
+                    d_bias += (d_logits * valid).sum(0)
+                d_logits = d_logits.to(hidden.dtype)
+                d_hidden[rows] = d_logits @ w * valid  # ignored rows: D numbers to clear, not V
+                d_weight += d_logits.T @ (hidden[rows] * valid)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        d_bias = None if d_bias is None else (d_bias * d_loss).to(bias_dtype)
+        return (d_hidden * d_loss).to(d_hidden.dtype), (d_weight * d_loss).to(weight_dtype), None, d_bias, None

@@ -1,0 +1,139 @@
+"""Optimizers and schedules: who gets weight decay, AdamW, Muon, and how fast they go.
+
+Muon takes the hidden matrices and AdamW the rest (embeddings, head, norms, biases). Both change a weight by about
+0.2 lr per element and step, so one learning rate serves both (arXiv 2502.16982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from nanomai.config import OptimConfig
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """A projection inside a block: what Muon orthogonalises."""
+    return parameter.ndim == 2 and ".blocks." in f".{name}"
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Weight decay is for matrices that multiply: not for embeddings, norms or biases."""
+    return is_hidden_matrix(name, parameter) or (parameter.ndim == 2 and name.startswith("head."))
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of `config.name`, their state already allocated, so that a checkpoint can be read into it."""
+    named = dict(model.named_parameters())
+    muon = [p for n, p in named.items() if config.name == "muon" and is_hidden_matrix(n, p)]
+    others = {n: p for n, p in named.items() if not any(p is q for q in muon)}
+    groups = [
+        {"params": [p for n, p in others.items() if is_decayed(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in others.items() if not is_decayed(n, p)], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(config.beta1, config.beta2),
+                              eps=config.eps, fused=True)
+    for p in others.values():
+        adamw.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
+                          "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return [adamw] + ([Muon(muon, config.momentum, config.weight_decay)] if muon else [])
+
+
+# Coefficients of the quintic x -> a x + b x^3 + c x^5 that pulls every singular value towards 1 (Jordan et al. 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix of each, nearly: (N, m, n) -> (N, m, n), singular values in about [0.7, 1.2].
+
+    Newton-Schulz iterations use products only, so they run in bfloat16 where the hardware is fast at it.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)  # all singular values at most 1
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the Gram matrix below is then the smaller one
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024; scaled as in arXiv 2502.16982).
+
+    The update of an (m, n) matrix is 0.2 sqrt(max(m, n)) times its orthogonalised Nesterov momentum, which has the
+    root mean square of an AdamW update. Matrices of one shape go through Newton-Schulz together.
+    """
+
+    def __init__(self, parameters: list[Tensor], momentum: float = 0.95, weight_decay: float = 0.0,
+                 lr: float = 0.0, dtype: torch.dtype | None = None):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype  # of the iterations; None keeps the gradients' own
+        for p in parameters:
+            self.state[p] = {"momentum": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, parameters in by_shape.items():
+                directions = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
+                updates = orthogonalize(directions.to(self.dtype or directions.dtype))
+                scale = 0.2 * math.sqrt(max(shape))
+                for p, update in zip(parameters, updates.unbind(), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+
+    def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        buffer = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of `step` (from 0) in a run of `steps`."""
+    if isinstance(config.lr, dict):
+        return _interpolate(config.lr, step)
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    low = config.min_lr_ratio
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    if config.schedule == "wsd" and config.decay_fraction > 0:
+        left = (steps - step) / (steps * config.decay_fraction)
+        return config.lr * (low + (1 - low) * max(0.0, min(1.0, left)))
+    return config.lr
+
+
+def _interpolate(knots: dict[int, float], step: int) -> float:
+    before = max(s for s in knots if s <= step)
+    after = min((s for s in knots if s > step), default=None)
+    if after is None:
+        return knots[before]
+    share = (step - before) / (after - before)
+    return knots[before] * (1 - share) + knots[after] * share
+
+
+def piecewise(setting: int | dict[int, int], step: int) -> int:
+    """The value in force at `step` of a setting that may be {step: value}, each from its step on."""
+    return setting[max(s for s in setting if s <= step)] if isinstance(setting, dict) else setting
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """One learning rate for every group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def named_state(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that the optimizers keep, under its parameter's name: `blocks.0.mlp.w_up.weight/exp_avg`."""
+    names = {p: n for n, p in model.named_parameters()}
+    return {f"{names[p]}/{key}": value for optimizer in optimizers
+            for p, state in optimizer.state.items() for key, value in state.items()}

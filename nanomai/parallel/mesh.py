@@ -1,0 +1,60 @@
+"""Who runs: the ranks of a job and the few sums they must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+class RankFailed(RuntimeError):
+    """Another rank cannot go on, and says why itself; this one only ends with it."""
+
+    is_said_elsewhere = True
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place. One process is rank 0 of 1, and every call below is then free."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that prepares data, prints and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, summed over all ranks in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def from_main(self, function: Callable[[], Result]) -> Result:
+        """What `function()` gives on rank 0, on every rank. Where it fails, the others raise RankFailed at once."""
+        if self.world_size == 1:
+            return function()
+        answer, failure = None, None
+        if self.is_main:
+            try:
+                answer = function()
+            except Exception as error:
+                failure = error
+        sent = [answer, failure and f"rank 0 failed: {failure}"]
+        dist.broadcast_object_list(sent, device=torch.device("cpu"))
+        if failure is not None:
+            raise failure
+        if sent[1] is not None:
+            raise RankFailed(sent[1])
+        return sent[0]

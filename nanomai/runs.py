@@ -1,0 +1,132 @@
+"""Run folders: how one is made, found, written to and loaded.
+
+    runs/nano/
+        config.yaml       the whole configuration, every `auto` decided
+        tokenizer.json    so that the folder needs nothing else
+        metrics.jsonl     one object a line
+        loss.png  sample.txt
+        checkpoints/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from nanomai import checkpoint
+from nanomai.config import Config
+from nanomai.config_file import load_config, to_yaml
+from nanomai.model import Transformer
+from nanomai.tokenizer import Tokenizer
+
+
+class RunError(RuntimeError):
+    """A run that cannot be found, loaded or continued: one line that names it and says what to do."""
+
+
+def open_run(config: Config) -> Path:
+    """The folder of this run, made if need be. A folder that exists is only used by `train.resume`."""
+    wanted = config.train.run_dir
+    folder = Path(wanted or f"runs/{config.name}")
+    if not config.train.resume and (folder / "config.yaml").exists():
+        if wanted:
+            raise RunError(f"{folder} holds a run already; go on with --train.resume, "
+                           "or choose another --train.run-dir")
+        number = next(n for n in range(2, 10**6) if not Path(f"{folder}-{n}").exists())
+        folder = Path(f"{folder}-{number}")
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}; choose another --train.run-dir") from None
+    return folder
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """The resolved configuration, as `config.yaml`."""
+    temporary = folder / "config.yaml.writing"
+    temporary.write_text(to_yaml(config), encoding="utf-8")
+    os.replace(temporary, folder / "config.yaml")
+
+
+def find_run(name: str | Path) -> Path:
+    """The run folder that `name` means: a path, or a name in `runs/`. RunError if there is none."""
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    known = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
+    there = f"; in runs/ there are {', '.join(known)}" if known else "; train one with `nanomai train nano`"
+    raise RunError(f"no run {str(name)!r}{there}")
+
+
+class LoadedRun(NamedTuple):
+    """All that is needed to use a trained model."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+
+
+def load_run(name: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+    """Model, tokenizer and configuration of a run, from its newest good checkpoint, in float32."""
+    folder = find_run(name)
+    config = load_config(folder / "config.yaml")
+    model = Transformer(config.model)
+    load_weights(model, folder)
+    return LoadedRun(model.to(device).eval(), Tokenizer.load(folder / "tokenizer.json"), config)
+
+
+def load_weights(model: Transformer, folder: Path) -> Path:
+    """Reads the weights of a run's newest good checkpoint into `model`; returns the checkpoint."""
+    path, complaints = checkpoint.newest(folder / "checkpoints")
+    if path is None:
+        raise RunError(f"{folder} has no usable checkpoint" + "".join(f"; {line}" for line in complaints))
+    checkpoint.load(path, model_state(model))
+    return path
+
+
+def model_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights under the names that checkpoints use."""
+    return {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+class Metrics:
+    """`metrics.jsonl`: appended to as the run goes, and cut back to the checkpoint when it is resumed."""
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self.path, self.rows = path, [row for row in read_metrics(path) if row["step"] <= resume_step]
+        temporary = path.with_suffix(".writing")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def add(self, **row) -> None:
+        """Appends a row. A number that is not finite becomes null, since JSON has no other way to say it."""
+        row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.rows.append(row)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}; free some space, then go on with "
+                           f"`nanomai train {self.path.parent} --train.resume`") from None
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether a row of this step holds `key`."""
+        return any(row["step"] == step and key in row for row in reversed(self.rows))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics file; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
