@@ -42,8 +42,9 @@ lab: $(READY) ## open JupyterLab on the notebooks
 nb: $(READY) ## execute the notebooks anew from their .py halves (ARGS="notebooks/01_bpe.py" for one)
 	$(ONE) env -u MPLBACKEND $(PY) tools/execute.py $(ARGS)
 
-bench: $(READY) ## run every benchmark
-	set -e; for script in benchmarks/*.py; do $(PY) $$script $(ARGS); done
+bench: $(READY) ## measure training and sampling speed (ARGS="--peer ../nanoGPT" beside a checkout of yours)
+	$(PY) benchmarks/train_step.py $(ARGS)
+	$(PY) benchmarks/generate.py $(ARGS)
 
 lint: $(READY) ## check the style
 	$(PY) -m ruff check .

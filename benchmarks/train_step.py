@@ -1,0 +1,211 @@
+"""Training speed: tokens/s, MFU and peak memory of a whole optimizer step, side by side in one run.
+
+    python benchmarks/train_step.py                              # nano, micro and 10M; eager, compiled; fp32, bf16
+    python benchmarks/train_step.py --peer ../nanoGPT            # beside a nanoGPT checkout of yours, with ratios
+    python benchmarks/train_step.py --only 10M --json results.json
+
+Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, a few steps
+each, so that a slow minute of the machine slows all of them alike. Figures are medians over the turns. MFU is the share
+of the largest bfloat16 (or float32) matrix product measured between the turns, with `flops_per_token` as the count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting variants must not spin on the cores of the one that runs
+
+# name: layers, d_model, query heads, key-value heads, d_ff, vocabulary, sequence length, sequences in a batch
+SHAPES = {
+    "shakespeare-0.8M": (4, 128, 2, 2, 352, 65, 64, 12),
+    "nano": (4, 128, 2, 1, 384, 4096, 256, 32),
+    "micro": (6, 256, 4, 2, 768, 4096, 256, 32),
+    "10M V65": (6, 384, 6, 6, 1024, 65, 256, 16),
+    "10M V4096": (6, 384, 6, 6, 1024, 4096, 256, 16),
+    "10M V50304": (6, 384, 6, 6, 1024, 50304, 256, 16),
+    "124M": (12, 768, 12, 12, 2048, 50304, 1024, 1),
+}
+OURS = {
+    "fp32 eager": {"dtype": "float32", "compiled": False}, "fp32 compiled": {"dtype": "float32", "compiled": True},
+    "bf16 eager": {"dtype": "bfloat16", "compiled": False}, "bf16 compiled": {"dtype": "bfloat16", "compiled": True},
+    "bf16 compiled, ReLU²": {"dtype": "bfloat16", "compiled": True, "activation": "relu2"},
+}
+PEER = {
+    "nanoGPT as shipped (fp32)": {"dtype": "float32"}, "nanoGPT, bf16 autocast": {"dtype": "bfloat16"},
+    "nanoGPT, bf16, compiled": {"dtype": "bfloat16", "compiled": True},
+}
+
+
+def our_step(shape: tuple, dtype: str, compiled: bool, activation: str = "swiglu"):
+    """A step as `nanomai.train` makes it: document ids, summed loss, clipping, fused AdamW."""
+    import torch
+
+    from nanomai.config import ModelConfig, OptimConfig
+    from nanomai.model import build_model
+    from nanomai.optim import build_optimizers, set_learning_rate
+    from nanomai.parallel.apply import clip_gradients, parallelize
+    from nanomai.parallel.mesh import Mesh
+
+    layers, d, heads, kv_heads, d_ff, vocab, t, batch = shape
+    d_ff = d_ff if activation == "swiglu" else 3 * d_ff // 2  # two matrices for three: the same parameters
+    config = ModelConfig(n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=kv_heads, head_dim=d // heads, d_ff=d_ff,
+                         vocab_size=vocab, context_length=t, activation=activation)
+    model = build_model(config)
+    model.compute_dtype = getattr(torch, dtype)
+    parallelize(model, Mesh(), compiled)
+    optimizers = build_optimizers(model, OptimConfig())
+    set_learning_rate(optimizers, 1e-3)
+    ids, targets = torch.randint(0, vocab, (2, batch, t))
+    documents = torch.zeros(batch, t, dtype=torch.int32)
+
+    def step() -> None:
+        model(ids, targets, documents, reduction="sum").backward()
+        clip_gradients(model, 1.0, targets.numel())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step, config.n_parameters, config.flops_per_token(t) * batch * t
+
+
+def peer_step(shape: tuple, dtype: str, compiled: bool = False):
+    """nanoGPT's model and optimizer as its train.py uses them on a CPU, from the checkout on sys.path."""
+    import torch
+    from model import GPT, GPTConfig
+
+    layers, d, heads, _, _, vocab, t, batch = shape
+    with contextlib.redirect_stdout(sys.stderr):
+        model = GPT(GPTConfig(block_size=t, vocab_size=vocab, n_layer=layers, n_head=heads, n_embd=d, dropout=0.0,
+                              bias=False))
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    run = torch.compile(model) if compiled else model
+    ids, targets = torch.randint(0, vocab, (2, batch, t))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = run(ids, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, n_parameters, None
+
+
+def work(task: dict) -> None:
+    """A variant's process: builds its step, then answers each number of steps on stdin with seconds and memory."""
+    import torch
+
+    from nanomai.machine import prepare_process
+
+    if task["peer"]:
+        sys.path.insert(0, task["peer"])
+        torch.set_num_threads(task["threads"])  # as shipped: the allocator's settings are ours
+        step, n_parameters, flops = peer_step(task["shape"], **task["options"])
+    else:
+        prepare_process(task["threads"])
+        step, n_parameters, flops = our_step(task["shape"], **task["options"])
+    for _ in range(3):
+        step()
+    print(json.dumps({"parameters": n_parameters, "flops": flops}), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        seconds = (time.perf_counter() - start) / int(line)
+        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), flush=True)
+
+
+class Variant:
+    """The parent's end of a variant's process."""
+
+    def __init__(self, name: str, task: dict):
+        self.name, self.seconds, self.peak_mib, self.dtype = name, [], 0.0, task["options"]["dtype"]
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(task)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.facts = json.loads(self.process.stdout.readline())
+
+    def run(self, steps: int) -> None:
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        seconds, self.peak_mib = json.loads(self.process.stdout.readline())
+        self.seconds.append(seconds)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(name: str, peer: str | None, threads: int, turns: int) -> list[dict]:
+    """All variants of one shape, taking turns; one row each."""
+    import torch
+
+    from nanomai.machine import matmul_peak
+
+    shape, peaks = SHAPES[name], {"float32": [], "bfloat16": []}
+    chosen = {n: o | {} for n, o in OURS.items() if "ReLU" not in n or name.startswith("10M")}
+    tasks = [(n, {"shape": shape, "threads": threads, "options": o, "peer": None}) for n, o in chosen.items()]
+    if peer:
+        tasks += [(n, {"shape": shape, "threads": threads, "options": o, "peer": peer}) for n, o in PEER.items()]
+    variants = [Variant(n, task) for n, task in tasks]
+    for variant in variants:
+        variant.run(1)
+        variant.steps = max(1, round(0.5 / variant.seconds.pop()))  # about half a second a turn
+    for _ in range(turns):
+        for variant in variants:
+            variant.run(variant.steps)
+        for dtype, seen in peaks.items():
+            seen.append(matmul_peak(torch.device("cpu"), getattr(torch, dtype), 0.1))
+    rows, shipped = [], next((v for v in variants if "shipped" in v.name), None)
+    for v in variants:
+        v.close()
+        seconds, tokens = statistics.median(v.seconds), shape[6] * shape[7]
+        mfu = v.facts["flops"] and v.facts["flops"] / seconds / statistics.median(peaks[v.dtype])
+        ratio = shipped and statistics.median(shipped.seconds) / seconds
+        rows.append({"shape": name, "variant": v.name, "parameters": v.facts["parameters"],
+                     "tokens_per_second": tokens / seconds, "mfu": mfu, "peak_mib": v.peak_mib, "ratio": ratio})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="a checkout of nanoGPT to measure beside")
+    parser.add_argument("--only", help="shapes whose name begins with this")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return work(json.loads(arguments.worker))
+    import torch
+
+    from nanomai.machine import describe
+
+    torch.set_num_threads(arguments.threads)
+    machine = f"{describe(torch.device('cpu'))}; {arguments.threads} threads"
+    print(f"{machine}\n\n| shape | variant | parameters | tokens/s | MFU | peak MiB | x nanoGPT as shipped |")
+    print("|---" * 7 + "|")
+    rows = []
+    for name in (n for n in SHAPES if n.startswith(arguments.only or "")):
+        for row in compare(name, arguments.peer, arguments.threads, arguments.turns):
+            rows.append(row)
+            mfu, ratio = (f"{row['mfu']:.0%}" if row["mfu"] else "", f"{row['ratio']:.2f}" if row["ratio"] else "")
+            print(f"| {name} | {row['variant']} | {row['parameters'] / 1e6:.2f}M | {row['tokens_per_second']:,.0f} | "
+                  f"{mfu} | {row['peak_mib']:,.0f} | {ratio} |", flush=True)
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
