@@ -1,0 +1,1 @@
+"""The checks of the notebooks' exercises, one file for each notebook that has some."""
