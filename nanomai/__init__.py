@@ -15,7 +15,7 @@ _HOMES = {
     "build_model": "model", "Transformer": "model", "train": "trainer", "RunResult": "trainer", "load_run": "runs",
     "read_metrics": "runs",
     "generate": "sampling", "stream_text": "sampling", "evaluate": "evaluation", "evaluate_text": "evaluation",
-    "Tokenizer": "tokenizer", "get_tokenizer": "tokenizer", "train_bpe": "tokenizer", "prepare": "prepare",
+    "Tokenizer": "tokenizer", "get_tokenizer": "tokenizer", "train_bpe": "tokenizer", "prepare": "preparation",
 }
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"

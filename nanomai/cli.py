@@ -112,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(error, "is_said_elsewhere", False):  # by another rank of this job
             return 1
         if _is_expected(error):
-            return _fail(f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error))
+            by_the_system = isinstance(error, OSError)
+            return _fail(f"{error.filename or 'a file'}: {error.strerror}" if by_the_system else str(error))
         raise
 
 
@@ -190,7 +191,7 @@ def _train(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> int:
     config = _config("prepare", arguments)
-    from nanomai.prepare import prepare
+    from nanomai.preparation import prepare
 
     prepared = prepare(config.data, config.model.vocab_size)
     print(f"{prepared.folder}: tokenizer of {prepared.tokenizer.vocab_size} tokens, {_splits(prepared.manifest)}")
@@ -229,7 +230,7 @@ def _eval(arguments: list[str]) -> int:
     options = _parse(Eval, arguments, "eval")
     from nanomai.evaluation import compressed_bits_per_byte, evaluate, evaluate_text, validation_text
     from nanomai.machine import pick_device
-    from nanomai.prepare import prepare
+    from nanomai.preparation import prepare
     from nanomai.runs import load_run
 
     model, tokenizer, config = load_run(options.run, pick_device(options.device))

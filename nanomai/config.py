@@ -27,26 +27,39 @@ class ModelConfig:
     """The architecture. Families differ by these values alone; `model.py` has no branch on a family's name."""
 
     n_layers: int = 4
+    """L: blocks of attention and MLP."""
     d_model: int = 128
+    """D: numbers that stand for one token between the blocks."""
     n_heads: int = 2
+    """H: query heads."""
     n_kv_heads: int = 1
     """Fewer than n_heads is grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
     head_dim: int = 64
+    """K: numbers in a query, key or value of one head."""
     d_ff: int = 384
+    """F: width of the MLP inside a block."""
     vocab_size: int = 512
+    """V: tokens that the embedding and the output know; at least the tokenizer's."""
     context_length: int = 256
     """The longest sequence the model is built for, in tokens."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Before attention, before the MLP and at the end."""
     norm_eps: float = 1e-5
+    """Added to the mean square, or variance, under the root."""
     activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    """Of the MLP; `swiglu` has a third matrix, the gate."""
     position: Literal["rope", "learned"] = "rope"
+    """`rope` turns queries and keys; `learned` adds a table of context_length vectors."""
     rope_theta: float = 10_000.0
+    """Base of the rotation's wavelengths; larger for longer contexts."""
     sliding_window: int | None = None
     """Position i sees position j only if 0 <= i - j < sliding_window. None: all of the past."""
     biases: tuple[Literal["qkv", "out", "mlp", "head"], ...] = ()
     """Which projections carry a bias. LayerNorm always has one, RMSNorm never."""
     tied_embeddings: bool = True
+    """The output head is the embedding, transposed."""
     init_std: float = 0.02
+    """Of the normal distribution that initial weights are drawn from."""
 
     def __post_init__(self):
         _positive(self, "model", "n_layers d_model n_heads n_kv_heads head_dim d_ff vocab_size context_length norm_eps "
@@ -138,17 +151,21 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Linear warm-up, then: cosine to the end; stable and a linear decay (arXiv 2404.06395); or constant."""
     warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0 to its peak."""
     decay_fraction: float = 0.2
     """The last share of the steps in which `wsd` decays."""
     min_lr_ratio: float = 0.1
     """The last learning rate as a share of the peak."""
     beta1: float = 0.9
+    """AdamW's memory of the gradient."""
     beta2: float = 0.95
+    """AdamW's memory of its square."""
     eps: float = 1e-8
+    """AdamW's, added to the root of the squares."""
     weight_decay: float = 0.1
     """On matrices only: not on embeddings, norms or biases."""
     momentum: float = 0.95
-    """Muon's."""
+    """Muon's memory of the gradient."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 clips nothing."""
 
@@ -171,6 +188,7 @@ class TrainConfig:
     """The run: how long, in what batches, on what, and what it writes on the way."""
 
     steps: int = 100
+    """Optimizer steps of the whole run."""
     batch_tokens: int | dict[int, int] = 8192
     """Tokens in one optimizer step, over all ranks; or {step: tokens}, each from its step on."""
     sequence_length: int | None = None
@@ -184,6 +202,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and matrix products; the weights that the optimizer keeps are always float32."""
     compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto where it pays (see `machine.py`)."""
     threads: int = 0
     """CPU threads; 0 takes one for each core."""
     run_dir: str | None = None
@@ -199,9 +218,11 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between short samples; 0 writes none on the way."""
     sample_prompt: str = ""
+    """What the samples on the way and sample.txt begin with."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: int = 2
+    """The newest so many stay; older ones are removed."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     spike_deviations: float = 8.0

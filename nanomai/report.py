@@ -33,8 +33,8 @@ class Report:
     """Prints for rank 0 of a run, or not at all (`show=False`)."""
 
     def __init__(self, show: bool = True):
-        # stdout, as a log file or a pipe wants the same words
-        self.console = _Console(file=sys.stdout, quiet=not show, highlight=False, soft_wrap=not sys.stdout.isatty())
+        # stdout, as a log file or a pipe wants the same words; commands to copy must not be broken at its width
+        self.console = _Console(file=sys.stdout, quiet=not show, highlight=False, soft_wrap=True)
         self.live = None
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
@@ -68,7 +68,7 @@ class Report:
         now = time.monotonic()
         if self.live is not None and not self.console.quiet:
             self.live.start()
-            self.live.update(Text(line, style="bold"))
+            self.live.update(Text(line, style="bold", no_wrap=True, overflow="ellipsis"))
         elif now - self.shown > PLAIN_LINE_SECONDS or step == steps:
             self.say(line)
             self.shown = now

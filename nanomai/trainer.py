@@ -27,7 +27,7 @@ from nanomai.optim import build_optimizers, learning_rate, named_state, piecewis
 from nanomai.parallel.apply import clip_gradients, parallelize, sum_gradients
 from nanomai.parallel.launch import StopSignal, process_group
 from nanomai.parallel.mesh import Mesh
-from nanomai.prepare import Prepared, prepare
+from nanomai.preparation import Prepared, prepare
 from nanomai.report import Report, profiled
 from nanomai.sampling import stream_text
 from nanomai.show import plot_loss

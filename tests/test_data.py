@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nanomai import prepare as prepare_module
 from nanomai.config import ConfigError, DataConfig
 from nanomai.data import BLOCK, IGNORE, Loader, Validation, Windows, make_key, permute, plan_mixture
-from nanomai.prepare import prepare
+from nanomai.preparation import prepare
 from nanomai.shards import DataError, manifest_hash, open_shards, read_header, write_shard
 from nanomai.tokenizer import Tokenizer, TokenizerError, get_tokenizer
 
@@ -543,7 +543,7 @@ def test_what_prepare_refuses(tmp_path):
 
 def test_a_full_disk_is_one_line(tmp_path):
     config = config_for(tmp_path)
-    code = ("import resource, sys; from nanomai.config import DataConfig; from nanomai.prepare import prepare\n"
+    code = ("import resource, sys; from nanomai.config import DataConfig; from nanomai.preparation import prepare\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
             f"config = DataConfig(corpus={config.corpus!r}, tokenizer='bytes', folder={config.folder!r}, workers=1)\n"
             "try:\n    prepare(config, 300, show=False)\nexcept ValueError as error:\n    print(error)")

@@ -24,7 +24,7 @@ def execute(half: Path) -> str | None:
     notebook = jupytext.read(half, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02}"  # jupytext draws a random one
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", record_timing=False,
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", record_timing=False, coalesce_streams=True,
                             resources={"metadata": {"path": half.parent}})
     try:
         client.execute()
