@@ -80,7 +80,7 @@ def rotary_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 # On a CPU the library's flash kernel is slow in the backward pass: at (16, 6, 256, 64) in bfloat16 the plain formula
-# takes 0.4 of its time (benchmarks/attention.py). Above this many scores the memory of (T, S) matrices matters more.
+# takes 0.4 of its time (benchmarks/LOG.md). Above this many scores the memory of (T, S) matrices matters more.
 EXPLICIT_SCORES_LIMIT = 2**25
 
 

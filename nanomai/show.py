@@ -87,6 +87,6 @@ def plot_loss(rows: Sequence[dict], title: str, path: Path | None = None,
 def _smoothed(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
     """A running mean over a twentieth of the run."""
     n = max(1, len(points) // 20)
-    steps = [s for s, _ in points][n - 1 :]
+    steps = [s for s, _ in points][(n - 1) // 2 : len(points) - n // 2]  # each mean stands at its middle
     means = [sum(x for _, x in points[i - n : i]) / n for i in range(n, len(points) + 1)]
     return steps, means

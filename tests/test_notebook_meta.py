@@ -1,0 +1,187 @@
+"""The notebooks can fail. A number that changes, or a bug that is planted in the package, must stop the lesson that
+teaches it: nbval's exit code says so, and the first complaint is a claim that no longer holds, not a crash.
+
+Each bug is one edit of one file. It stands here with the text that it changes, which must occur exactly once: where
+the package moves on, the test says so. The quickest lessons run in `make test`, the whole table in `make soak`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str  # in nanomai/
+    sound: str
+    broken: str
+    soak: bool = False  # only `make soak` runs it
+
+
+BUGS = {
+    "00_map": [
+        Bug("parameters: the last norm is not counted", "config.py",
+            "return v * d + head + positions + final_norm +", "return v * d + head + positions +"),
+        Bug("targets are not shifted", "data.py",
+            "(ids, rows[:, 1:].copy(), document_ids)", "(ids, rows[:, :-1].copy(), document_ids)", soak=True),
+    ],
+    "01_bpe": [
+        Bug("merges applied in the wrong order", "tokenizer.py",
+            "ranks = {token: rank for rank, token in enumerate(tokens)}",
+            "ranks = {token: r if r < 256 else len(tokens) + 255 - r for r, token in enumerate(tokens)}"),
+        Bug("merges learned from stale counts", "tokenizer.py", "if counts[pair] != -queued:", "if not counts[pair]:"),
+        Bug("special tokens read from the user's text", "tokenizer.py", "return self._encoding.encode_ordinary(text)",
+            'return self._encoding.encode(text, allowed_special="all")', soak=True),
+    ],
+    "03_attention": [
+        Bug("no causal mask", "ops.py", "allowed = distance >= 0", "allowed = distance == distance"),
+        Bug("scores not divided by sqrt(K)", "ops.py", " / math.sqrt(q.shape[-1])", ""),
+        Bug("documents see one another", "ops.py",
+            "allowed & (query_documents[:, :, None] == key_documents[:, None, :])",
+            "allowed.expand(len(query_documents), -1, -1)"),
+        Bug("the window is one too wide", "ops.py", "(distance < window)", "(distance <= window)", soak=True),
+    ],
+    "04_rope_gqa_flash": [
+        Bug("RoPE: frequencies off by one", "ops.py",
+            "torch.arange(0, dim, 2, device", "torch.arange(2, dim + 2, 2, device"),
+        Bug("RoPE: positions off by one", "ops.py",
+            "angles = positions.to(wide)[..., None]", "angles = (positions.to(wide) + 1)[..., None]", soak=True),
+        Bug("query heads dealt to the wrong key head", "ops.py",
+            "k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)",
+            "k.repeat(1, repeats, 1, 1), v.repeat(1, repeats, 1, 1)"),
+    ],
+    "05_block_and_model": [
+        Bug("RMSNorm forgets eps", "ops.py", "weight.to(wide), eps).to(x.dtype)", "weight.to(wide), 0.0).to(x.dtype)"),
+        Bug("SwiGLU: gate and up change places", "model.py",
+            "F.silu(self.w_gate(x)) * self.w_up(x)", "F.silu(self.w_up(x)) * self.w_gate(x)", soak=True),
+        Bug("the tied head does not teach the embedding", "model.py",
+            "weight, bias = (self.embed.weight, None)", "weight, bias = (self.embed.weight.detach(), None)"),
+        Bug("no norm before the MLP", "model.py", "self.mlp(self.mlp_norm(x))", "self.mlp(x)", soak=True),
+        Bug("initial weights not scaled by depth", "model.py",
+            "config.init_std / math.sqrt(2 * config.n_layers)", "config.init_std"),
+        Bug("ignored targets have a gradient", "ops.py", "d_logits @ w * valid", "d_logits @ w", soak=True),
+    ],
+    "06_training": [
+        Bug("the loss is a mean, its gradient a sum", "ops.py",
+            "(log_p.gather(1, target) * valid).sum()", "(log_p.gather(1, target) * valid).mean()"),
+        Bug("accumulated gradients not divided by the tokens", "trainer.py",
+            "clip_gradients(self.model, self.config.optim.grad_clip, n_valid)",
+            "clip_gradients(self.model, self.config.optim.grad_clip)", soak=True),
+        Bug("AdamW: bias correction one step ahead", "optim.py", '{"step": torch.zeros((),', '{"step": torch.ones((),'),
+        Bug("weight decay on everything", "optim.py",
+            '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}', soak=True),
+        Bug("Muon: a wrong coefficient", "optim.py",
+            "NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)", "NEWTON_SCHULZ = (3.4445, -4.7750, 1.0315)"),
+        Bug("Muon: no look ahead", "optim.py", "return p.grad.lerp(buffer, momentum)", "return buffer", soak=True),
+        Bug("warm-up begins with an idle step", "optim.py",
+            "config.lr * (step + 1) / config.warmup_steps", "config.lr * step / config.warmup_steps", soak=True),
+        Bug("clipping raises small gradients", "parallel/apply.py",
+            "(norm + 1e-6), max=1.0)", "(norm + 1e-6), min=1.0)"),
+    ],
+    "07_sampling_kv_cache": [
+        Bug("temperature upside down", "sampling.py",
+            "logits.amax(-1, keepdim=True)) / temperature", "logits.amax(-1, keepdim=True)) * temperature", soak=True),
+        Bug("top-p keeps one token too few", "sampling.py",
+            "ordered.cumsum(-1) - ordered >= top_p", "ordered.cumsum(-1) >= top_p"),
+        Bug("min-p with an absolute limit", "sampling.py",
+            "p < min_p * p.max(-1, keepdim=True).values", "p < min_p", soak=True),
+        Bug("the repetition penalty raises negative logits", "sampling.py",
+            "logits / penalty, logits * penalty)", "logits / penalty, logits / penalty)", soak=True),
+        Bug("KV cache: positions off by one", "sampling.py",
+            "positions = torch.arange(self.length + t, device=self.layers[0].keys.device)",
+            "positions = torch.arange(self.length + t) + (self.length > 0)"),
+        Bug("KV cache: pads are read as text", "sampling.py", " & (keys >= 0)[:, None, None, :]", "", soak=True),
+        Bug("KV cache: bytes of keys only", "config.py",
+            "return 2 * self.n_layers * self.n_kv_heads", "return self.n_layers * self.n_kv_heads", soak=True),
+    ],
+}
+ALL = [(lesson, bug) for lesson, bugs in BUGS.items() for bug in bugs]
+QUICKEST = "03_attention"  # to run whole: it stands for the others in `make test`
+
+
+def cases(rows, soak):
+    """Parameters of a test; those for which `soak(*row)` holds are for `make soak`."""
+    return [pytest.param(*row, id=" ".join(getattr(x, "name", x) for x in row), marks=[pytest.mark.soak] * soak(*row))
+            for row in rows]
+
+
+@pytest.fixture
+def house(tmp_path) -> Path:
+    """A copy of the package and of what the lessons read."""
+    for folder in ("nanomai", "scale_configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "lesson.txt", tmp_path / "notebooks")
+    return tmp_path
+
+
+def planted(bug: Bug) -> str:
+    """The text of the file with the bug in it."""
+    text = (ROOT / "nanomai" / bug.file).read_text(encoding="utf-8")
+    assert text.count(bug.sound) == 1, f"{bug.sound!r} occurs {text.count(bug.sound)} times in {bug.file}"
+    broken = text.replace(bug.sound, bug.broken)
+    compile(broken, bug.file, "exec")  # a bug, not a typing error
+    return broken
+
+
+def corrupt(notebook) -> None:
+    """Changes the first digit that is stored, as a number that no longer holds."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if found := re.search(r"\d", output.get("text", "")):
+                at, digit = found.start(), int(found[0])
+                output.text = f"{output.text[:at]}{(digit + 1) % 10}{output.text[at + 1:]}"
+                return
+    raise AssertionError("no number is stored")
+
+
+def nbval(house: Path, lesson: str, change=None) -> subprocess.CompletedProcess:
+    """The lesson in a fresh kernel that imports the copy, up to the first cell that fails."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{lesson}.ipynb", as_version=4)
+    if change:
+        change(notebook)
+    path = house / "notebooks" / f"{lesson}.ipynb"
+    nbformat.write(notebook, path)
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # the kernel sets it
+    environment |= {"PYTHONPATH": str(house), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", house, "-x",
+                           "-p", "no:cacheprovider", "--color=no", "--nbval", path],
+                          cwd=house, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def assert_a_claim_failed(done: subprocess.CompletedProcess) -> None:
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)  # IPython colours its tracebacks
+    assert done.returncode == 1, said
+    assert re.search(r"\b1 failed, [1-9]\d* passed", said), f"the imports must work, then one cell fail:\n{said}"
+    claim = re.search(r"^AssertionError +Traceback|outputs differ", said, re.MULTILINE)
+    assert claim, f"a crash, not a claim that failed:\n{said}"
+
+
+@pytest.mark.parametrize("lesson, bug", cases(ALL, lambda lesson, bug: False))
+def test_a_bug_can_be_planted(lesson, bug):
+    assert planted(bug)
+    assert (ROOT / "notebooks" / f"{lesson}.ipynb").exists()
+
+
+@pytest.mark.parametrize("lesson", cases([(lesson,) for lesson in BUGS], lambda lesson: lesson != QUICKEST))
+def test_the_copy_passes_and_a_corrupted_number_fails(lesson, house):
+    sound = nbval(house, lesson)
+    assert sound.returncode == 0, sound.stdout + sound.stderr
+    done = nbval(house, lesson, corrupt)
+    assert_a_claim_failed(done)
+    assert "outputs differ" in done.stdout
+
+
+@pytest.mark.parametrize("lesson, bug", cases(ALL, lambda lesson, bug: bug.soak))
+def test_a_planted_bug_fails_its_lesson(lesson, bug, house):
+    (house / "nanomai" / bug.file).write_text(planted(bug), encoding="utf-8")
+    assert_a_claim_failed(nbval(house, lesson))
