@@ -215,7 +215,9 @@ def test_ctrl_c_is_one_line(command, inside, capsys, monkeypatch):
 
 def start_sample(**more):
     command = [sys.executable, "-m", "nanomai", "sample", "tiny", "--prompt", "é", "--max-tokens", "1000000"]
-    return subprocess.Popen(command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a suite that runs in the background of a shell has inherited an ignored Ctrl-C; a person at a terminal has not
+    return subprocess.Popen(command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_sample_streams_until_ctrl_c():

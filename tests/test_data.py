@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomai import prepare as prepare_module
+from nanomai import preparation as prepare_module
 from nanomai.config import ConfigError, DataConfig
 from nanomai.data import BLOCK, IGNORE, Loader, Validation, Windows, make_key, permute, plan_mixture
 from nanomai.preparation import prepare
@@ -439,7 +439,7 @@ def test_prepare_tells_its_speed(tmp_path, capsys):
 SLOW = """
 import sys, time
 from pathlib import Path
-from nanomai import prepare as module, shards
+from nanomai import preparation as module, shards
 from nanomai.config import DataConfig
 write = module.encode_shard
 def slow(*args):

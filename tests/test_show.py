@@ -44,8 +44,8 @@ def test_what_is_drawn():
     assert list(lines) == ["train, each step", "train, running mean", "validation"]
     assert list(lines["train, each step"].get_xdata()) == list(range(1, 41)), "a skipped step is not drawn"
     x, y = lines["train, running mean"].get_data()
-    assert list(x) == list(range(2, 41))
-    np.testing.assert_allclose(y, [(5 / s + 5 / (s - 1)) / 2 for s in x])
+    assert list(x) == list(range(1, 40)), "the mean of two steps stands at the first"
+    np.testing.assert_allclose(y, [(5 / s + 5 / (s + 1)) / 2 for s in x])
     assert [list(map(float, data)) for data in lines["validation"].get_data()] == [[20, 40], [0.5, 0.3]]
     assert list(right.lines[0].get_ydata()) == [1.2, 0.9] and list(right.lines[1].get_ydata()) == [1.9, 1.9]
     texts = [text.get_text() for text in right.get_legend().get_texts()]
