@@ -1,6 +1,6 @@
 """What this machine is, and what each `auto` of a configuration becomes on it.
 
-The rules, each decided by measurement (benchmarks/results):
+The rules, decided by measurement (benchmarks/LOG.md):
 
 | setting | rule |
 |---|---|
@@ -92,8 +92,7 @@ def usable_cores() -> int:
 def prepare_process(threads: int) -> None:
     """Sets this process's threads, and has it keep the memory that it frees.
 
-    glibc hands each freed activation back to the kernel, and the next step pays for every page again: 30 ms for
-    64 MB here, against 2 ms for memory that was kept (benchmarks/train_step.py: a tenth of a training step).
+    glibc hands each large freed activation back to the kernel, and the next step pays for every page of it again.
     """
     torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
