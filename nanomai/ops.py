@@ -170,7 +170,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_p = F.log_softmax(logits if b is None else logits + b, dim=-1)
             valid = (targets[rows] != IGNORE)[:, None]  # (n, 1)
             target = targets[rows, None].masked_fill(~valid, 0)
-            loss -= (log_p.gather(1, target) * valid).sum()
+            # not in place: torch 2.11 compiles a result that was changed in place without its gradient, silently
+            loss = loss - (log_p.gather(1, target) * valid).sum()
             if needs_grad:
                 d_logits = log_p.exp_()  # softmax minus one at the target is the gradient of the loss
                 d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1.0))
