@@ -7,6 +7,7 @@ few options in the signatures below. torch is imported by the command that needs
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import itertools
 import json
@@ -120,8 +121,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(name: str) -> Callable[[list[str]], int]:
     if name in COMMANDS:
         return COMMANDS[name]
-    import difflib
-
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}"
     raise ConfigError(f"no command {name!r}{hint}")
@@ -169,8 +168,10 @@ def _read_flags(kind: type, arguments: list[str], prog: str, **options):
         lines = [line.strip("│ ").strip("╭─╮╰╯") for line in box.getvalue().splitlines()[1:]]  # without the title
         below = itertools.dropwhile(lambda line: not line.strip("-"), lines)
         message = " ".join(itertools.takewhile(lambda line: line.strip("-"), below))
-        near = next((line.split()[0] for line in lines if line.startswith("--") and line.strip("-")), None)
-        hint = f"; did you mean {near}?" if near and message.startswith("Unrecognized") else ""
+        offered = [line.split()[0] for line in lines if line.startswith("--") and line.strip("-")]
+        unknown = next((word.rstrip(",") for word in message.split() if word.startswith("--")), "")
+        near = difflib.get_close_matches(unknown, offered, n=1)  # tyro's own order puts a longer name first
+        hint = f"; did you mean {near[0]}?" if near and message.startswith("Unrecognized") else ""
         raise ConfigError(message.removeprefix("Error parsing ").removeprefix(f"{kind.__name__}: ") + hint) from None
 
 

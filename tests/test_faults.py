@@ -285,6 +285,8 @@ BAD_COMMANDS = {
     "wrong choice": ("train tiny.yaml --train.dtype float16",
                      "invalid choice 'float16' for argument '--train.dtype'. "),
     "typo": ("train tiny.yaml --train.stepz 3", "Unrecognized options: --train.stepz, 3; did you mean --train.steps?"),
+    "shorter typo": ("train tiny.yaml --train.step 3",
+                     "Unrecognized options: --train.step, 3; did you mean --train.steps?"),
     "typo of an option": ("sample runs/tiny --tempreature 1",
                           "Unrecognized options: --tempreature, 1; did you mean --temperature?"),
     "typo of a command": ("trian nano", "no command 'trian'; did you mean 'train'?"),
