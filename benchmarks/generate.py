@@ -49,7 +49,7 @@ def nanogpt(shape: dict):
     return lambda n: model.generate(ids, n, temperature=0.8, top_k=50)
 
 
-def copy_bandwidth() -> float:
+def read_bandwidth() -> float:
     """Bytes read a second by one thread, from memory."""
     a = torch.ones(2**26)
     a.sum()
@@ -77,7 +77,7 @@ def main() -> None:
             variants["nanoGPT (no cache)"] = (nanogpt(shape), 4)
         speeds, bandwidths = {v: [] for v in variants}, []
         for _ in range(arguments.turns):
-            bandwidths.append(copy_bandwidth())
+            bandwidths.append(read_bandwidth())
             for variant, (run, _) in variants.items():
                 start = time.process_time()
                 run(arguments.tokens)

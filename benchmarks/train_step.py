@@ -6,7 +6,7 @@
 
 Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, a few steps
 each, so that a slow minute of the machine slows all of them alike. Figures are medians over the turns. MFU is the share
-of the largest bfloat16 (or float32) matrix product measured between the turns, with `flops_per_token` as the count.
+of a large bfloat16 (or float32) matrix product, measured between the turns too, with `flops_per_token` as the count.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@
         __0_0.distcp .metadata     tensors, by torch.distributed.checkpoint: one layout for one rank or many
         state.json                 step, samples consumed, guard statistics, configuration
         manifest.json              size and checksum of every file above: written last
-    checkpoints/LATEST             the name of the newest one
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a kill at any instant leaves either
 the whole of it or nothing; nothing is ever overwritten (half-old, half-new files load without an error and mix two
@@ -20,6 +19,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from nanomai.files import flush_folder, write_atomically
 from nanomai.parallel.mesh import Mesh
 
 
@@ -68,19 +69,16 @@ def _begin(temporary: Path) -> None:
 def _finish(temporary: Path, final: Path, state: dict, keep: int) -> None:
     """Seals what all ranks have written, moves it into place and removes what is superseded."""
     folder = final.parent
-    _write(temporary / "state.json", json.dumps(state))
+    write_atomically(temporary / "state.json", json.dumps(state).encode())
     files = {p.name: {"bytes": p.stat().st_size, "blake2b": _checksum(p)} for p in sorted(temporary.iterdir())}
-    _write(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
-    _flush(temporary)
+    write_atomically(temporary / "manifest.json", json.dumps({"files": files}, indent=1).encode())
+    flush_folder(temporary)
     if _is_good(final):
         shutil.rmtree(temporary)
     else:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
-    _flush(folder)
-    _write(folder / "LATEST.writing", final.name)
-    os.replace(folder / "LATEST.writing", folder / "LATEST")
-    _flush(folder)
+    flush_folder(folder)
     older = [path for path in _all(folder) if path.name < final.name]
     newer = [path for path in _all(folder) if path.name > final.name]  # damaged, or this run would have begun there
     for path in newer + older[keep - 1 :]:
@@ -201,27 +199,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _all(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: p.name, reverse=True)
+    """Finished checkpoints, newest first. Folders of other names are not ours to use or remove."""
+    ours = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and p.is_dir())
+    return sorted(ours, key=lambda p: p.name, reverse=True)
 
 
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Makes the names in `folder` survive a power cut, where the system can (Windows cannot open a folder)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

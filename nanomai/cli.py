@@ -229,10 +229,11 @@ def _sample(arguments: list[str]) -> int:
 
 def _eval(arguments: list[str]) -> int:
     options = _parse(Eval, arguments, "eval")
+    from nanomai.checkpoint import newest, read_state
     from nanomai.evaluation import compressed_bits_per_byte, evaluate, evaluate_text, validation_text
     from nanomai.machine import pick_device
     from nanomai.preparation import prepare
-    from nanomai.runs import load_run
+    from nanomai.runs import find_run, load_run
 
     model, tokenizer, config = load_run(options.run, pick_device(options.device))
     if options.text:
@@ -240,7 +241,8 @@ def _eval(arguments: list[str]) -> int:
         result, text = evaluate_text(model, tokenizer, text), text.encode()
     else:
         prepared = prepare(config.data, config.model.vocab_size, show=not options.json)
-        if prepared.tokenizer.hash != tokenizer.hash:
+        now = prepared.loader(config.sequence_length, config.data.seed, verify=False).identity
+        if read_state(newest(find_run(options.run) / "checkpoints")[0])["data"] != now:
             raise ConfigError(f"corpus {config.data.corpus!r} has changed since this run; measure on --text FILE")
         validation = prepared.validation(config.sequence_length)
         result = evaluate(model, tokenizer, validation.batches(batch_size=16))

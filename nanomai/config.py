@@ -1,6 +1,6 @@
 """What a run is: one frozen tree of settings, and the closed forms that follow from it.
 
-A `Config` is the whole truth of a run: it is printed at the start, saved in every checkpoint, and can be loaded
+A `Config` is the whole truth of a run: it is saved in the run's folder and in every checkpoint, and can be loaded
 alone. This file needs the standard library only, so a 500B configuration can be checked and counted on any machine
 in milliseconds; `config_file.py` reads one from YAML.
 
@@ -10,6 +10,7 @@ K `head_dim`, F `d_ff`, L `n_layers`, V `vocab_size`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -214,7 +215,9 @@ class TrainConfig:
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     eval_tokens: int = 65_536
-    """Validation tokens of an evaluation on the way; the last one reads them all."""
+    """Validation tokens of an evaluation on the way, spread evenly over the text."""
+    final_eval_tokens: int = 2**24
+    """Validation tokens of the last evaluation; a text that is shorter is read whole."""
     sample_every: int = 0
     """Steps between short samples; 0 writes none on the way."""
     sample_prompt: str = ""
@@ -233,7 +236,8 @@ class TrainConfig:
     """Steps to trace with the profiler, from the fourth on; 0 traces none."""
 
     def __post_init__(self):
-        _positive(self, "train", "steps keep_checkpoints log_every spike_deviations max_skipped")
+        _positive(self, "train", "steps keep_checkpoints log_every eval_tokens final_eval_tokens spike_deviations "
+                                 "max_skipped")
         if self.sequence_length is not None and self.sequence_length < 1:
             raise ConfigError(f"sequence_length {self.sequence_length} must be at least 1, or null",
                               "train.sequence_length")
@@ -271,8 +275,8 @@ class Config:
 
 def _positive(section, path: str, names: str) -> None:
     for name in names.split():
-        if not getattr(section, name) > 0:
-            raise ConfigError(f"{name} {getattr(section, name)} must be above 0", f"{path}.{name}")
+        if not 0 < getattr(section, name) < math.inf:
+            raise ConfigError(f"{name} {getattr(section, name)} must be above 0 and finite", f"{path}.{name}")
 
 
 def _values(setting: float | dict[int, float]) -> list[float]:
@@ -281,7 +285,7 @@ def _values(setting: float | dict[int, float]) -> list[float]:
 
 def _check_knots(setting: float | dict[int, float], path: str) -> None:
     name = path.split(".")[-1]
-    if any(not value > 0 for value in _values(setting)):
-        raise ConfigError(f"{name} {setting} must be above 0", path)
+    if any(not 0 < value < math.inf for value in _values(setting)):
+        raise ConfigError(f"{name} {setting} must be above 0 and finite", path)
     if isinstance(setting, dict) and (not setting or min(setting) != 0 or list(setting) != sorted(setting)):
         raise ConfigError(f"{name} {setting} must give its steps in rising order from 0", path)

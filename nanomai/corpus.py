@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import platform
 import re
 import sysconfig
@@ -101,8 +102,8 @@ def parse_mixture(corpus: str) -> tuple[Source, ...]:
         if not path:
             raise ConfigError(f"corpus {corpus!r} has an empty part; write PATH:WEIGHT:MAX_EPOCHS,...", "data.corpus")
         source = Source(path, float(weight or 1), float(epochs) if epochs else None)
-        if source.weight <= 0 or (epochs and source.max_epochs <= 0):
-            raise ConfigError(f"corpus {part.strip()!r}: the weight and max_epochs must be above 0", "data.corpus")
+        if not all(0 < float(number) < math.inf for number in (weight or 1, epochs or 1)):
+            raise ConfigError(f"corpus {part.strip()!r}: weight and max_epochs must be above 0, finite", "data.corpus")
         if path in {other.path for other in sources}:
             raise ConfigError(f"corpus {path!r} is named twice; give it one weight", "data.corpus")
         sources.append(source)

@@ -8,12 +8,13 @@ The rules, decided by measurement (benchmarks/LOG.md):
 | dtype | bfloat16 on a GPU that has it and on a CPU with AMX or AVX512-BF16; float32 otherwise |
 | compile | on a GPU; on a CPU with a C++ compiler where the run outlasts the compilation; off otherwise |
 | threads | one for each core that this process may use, shared among the ranks of this machine |
-| micro_batch | as many sequences as keep a forward pass at or below 16,384 tokens, and share the batch evenly |
+| micro_batch | a rank's share of the batch, in as few equal forward passes as stay at or below 16,384 tokens |
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import shutil
@@ -29,19 +30,34 @@ COMPILE_SECONDS = 60.0  # a run shorter than this, by its FLOPs, would spend mor
 MICRO_BATCH_TOKENS = 16_384
 
 
-def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device that `train.device` means here; ConfigError if it was named and is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+def pick_device(wanted: str) -> torch.device:
+    """The device that `train.device` means for this process of a job; ConfigError if it was named and is not there."""
+    local_rank, alone = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("WORLD_SIZE", "1") == "1"
+    # no library lets several processes share what an Apple GPU computes
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
     kind = next(k for k in available if available[k]) if wanted == "auto" else wanted
     if kind not in available:
         raise ConfigError(f"device {wanted!r} is not one of auto, cpu, cuda, mps", "train.device")
     if not available[kind]:
         raise ConfigError(f"device {wanted!r} is not available here; use auto or cpu", "train.device")
-    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                          "start as many processes as GPUs, or set --train.device cpu", "train.device")
+    return torch.device("cuda", local_rank)
 
 
-def resolve(config: Config, device: torch.device, world_size: int = 1) -> Config:
-    """The configuration with every `auto` decided. A resumed run passes through here with nothing left to decide."""
+KEPT = "dtype", "compile", "micro_batch"
+"""Settings that were left to the machine and stay as they were when a run is resumed. The number of threads is chosen
+anew: with another number of ranks on a machine, each has other cores to itself."""
+
+
+def resolve(config: Config, device: torch.device, world_size: int = 1, before: Config | None = None) -> Config:
+    """The configuration with every `auto` decided; as it was in `before`, where a run is resumed."""
+    if before is not None:
+        kept = {f: getattr(before.train, f) for f in KEPT if getattr(config.train, f) in ("auto", 0)}
+        config = replace_fields(config, train=replace_fields(config.train, **kept))
     train = config.train
     dtype = train.dtype
     if dtype == "auto":
@@ -77,11 +93,14 @@ def _outlasts_compilation(config: Config, device: torch.device) -> bool:
 
 
 def _micro_batch(config: Config, world_size: int) -> int:
-    """The largest number of sequences that divides each rank's share of every batch and stays within bounds."""
+    """Sequences in one forward pass: each rank's share of the smallest batch, in as few equal parts as stay in bounds.
+
+    Where no equal parts do, the last one of a step is shorter.
+    """
     t, settings = config.sequence_length, config.train.batch_tokens
-    largest = max(1, MICRO_BATCH_TOKENS // t)
-    shares = [tokens // t // world_size for tokens in (settings.values() if isinstance(settings, dict) else [settings])]
-    return max((n for n in range(1, largest + 1) if all(share and share % n == 0 for share in shares)), default=1)
+    share = max(1, min(settings.values() if isinstance(settings, dict) else [settings]) // t // world_size)
+    parts = math.ceil(share / max(1, MICRO_BATCH_TOKENS // t))
+    return math.ceil(share / parts)
 
 
 def usable_cores() -> int:
@@ -122,10 +141,11 @@ def _synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def describe(device: torch.device) -> str:
-    """One line that names the hardware and the versions, for logs and benchmark results."""
+def describe(device: torch.device, world_size: int = 1) -> str:
+    """One line that names what a result may depend on in its last digits: hardware, versions, ranks."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {usable_cores()} cores"
-    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
+    ranks = f"; {world_size} ranks" if world_size > 1 else ""
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}{ranks}"
 
 
 def _cpu_name() -> str:

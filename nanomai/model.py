@@ -150,6 +150,8 @@ class Transformer(nn.Module):
         `cache` (see `sampling.py`) holds the keys and values of earlier positions; `ids` go on from there.
         `last_only` gives the logits of the last position alone, (B, 1, V): what sampling after a long prompt needs.
         """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction {reduction!r} must be 'mean' or 'sum'")
         x, rotary, mask = self._enter(ids, document_ids, cache)
         for i, block in enumerate(self.blocks.values()):
             x = block(x, rotary, mask, None if cache is None else cache.layers[i])

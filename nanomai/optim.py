@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nanomai.config import OptimConfig
 
@@ -25,8 +26,11 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return is_hidden_matrix(name, parameter) or (parameter.ndim == 2 and name.startswith("head."))
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of `config.name`, their state already allocated, so that a checkpoint can be read into it."""
+def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype | None = None) -> list[Optimizer]:
+    """The optimizers of `config.name`, their state already allocated, so that a checkpoint can be read into it.
+
+    `dtype` is that of Muon's matrix products; None keeps the gradients' own.
+    """
     named = dict(model.named_parameters())
     muon = [p for n, p in named.items() if config.name == "muon" and is_hidden_matrix(n, p)]
     others = {n: p for n, p in named.items() if not any(p is q for q in muon)}
@@ -37,9 +41,9 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(config.beta1, config.beta2),
                               eps=config.eps, fused=True)
     for p in others.values():
-        adamw.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
+        adamw.state[p] = {"step": torch.zeros((), device=p.device),
                           "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return [adamw] + ([Muon(muon, config.momentum, config.weight_decay)] if muon else [])
+    return [adamw] + ([Muon(muon, config.momentum, config.weight_decay, dtype=dtype)] if muon else [])
 
 
 # Coefficients of the quintic x -> a x + b x^3 + c x^5 that pulls every singular value towards 1 (Jordan et al. 2024).
@@ -57,11 +61,12 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x.mT if tall else x  # the Gram matrix below is then the smaller one
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G G
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + (b G + c G G) x
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024; scaled as in arXiv 2502.16982).
 
     The update of an (m, n) matrix is 0.2 sqrt(max(m, n)) times its orthogonalised Nesterov momentum, which has the
@@ -125,14 +130,14 @@ def piecewise(setting: int | dict[int, int], step: int) -> int:
     return setting[max(s for s in setting if s <= step)] if isinstance(setting, dict) else setting
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
     """One learning rate for every group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
 
-def named_state(optimizers: list[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
+def named_state(optimizers: list[Optimizer], model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that the optimizers keep, under its parameter's name: `blocks.0.mlp.w_up.weight/exp_avg`."""
     names = {p: n for n, p in model.named_parameters()}
     return {f"{names[p]}/{key}": value for optimizer in optimizers

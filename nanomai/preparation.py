@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import re
 import time
@@ -31,6 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from nanomai.config import ConfigError, DataConfig
 from nanomai.corpus import Document, Source, documents, fingerprint, parse_mixture, source_bytes
 from nanomai.data import Loader, Validation, run_ahead
+from nanomai.machine import usable_cores
 from nanomai.shards import (
     DataError,
     Header,
@@ -40,7 +40,7 @@ from nanomai.shards import (
     read_header,
     read_manifest,
     start_worker,
-    write_atomically,
+    write_file,
 )
 from nanomai.tokenizer import Tokenizer, get_tokenizer, train_bpe
 
@@ -191,7 +191,7 @@ def _write_everything(sources: tuple[Source, ...], config: DataConfig, folder: P
     began, facts = time.time(), [_Facts() for _ in sources]
     parts = (part for number, source in enumerate(sources)
              for part in _parts(documents(source, config), number, folder, facts[number], shard_bytes))
-    workers = config.workers or os.cpu_count() or 1
+    workers = config.workers or usable_cores()
     in_process = workers == 1 or (total is not None and total < THREADS_BELOW)
     columns = "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not show) as progress:
@@ -266,7 +266,7 @@ def _write_manifest(sources: tuple[Source, ...], folder: Path, tokenizer: Tokeni
         manifest["sources"].append({"name": source.name, "licences": sorted(fact.licences),
                                     "interpreter": interpreter, "hash": fact.digest.hexdigest(), "splits": splits})
     manifest["hash"] = manifest_hash(manifest)
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
 def _duration(seconds: float) -> str:

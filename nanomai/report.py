@@ -47,16 +47,14 @@ class Report:
         if self.live is not None:
             self.live.stop()
 
-    def opening(self, config: Config, folder: Path, machine: str, peak: float, asked: Config) -> None:
-        """Size, cost, and every `auto` with what it became."""
+    def opening(self, config: Config, folder: Path, machine: str, peak: float) -> None:
+        """Size, cost, and what can be left to `auto`, with what it became."""
         model, train = config.model, config.train
-        decided = [f"{name} {getattr(train, name)}" for name in ("dtype", "compile", "threads", "micro_batch")
-                   if getattr(train, name) != getattr(asked.train, name)]
         self.say(f"{config.name}: {model.n_parameters:,} parameters, {model.n_layers} layers of {model.d_model}, "
                  f"{model.flops_per_token(config.sequence_length) / 1e6:.1f} MFLOP a token")
         self.say(f"on {machine}; matrix products reach {peak / 1e9:,.0f} GFLOP/s")
-        if decided:
-            self.say("auto: " + ", ".join(decided))
+        self.say(f"dtype {train.dtype}, compile {train.compile}, threads {train.threads}, "
+                 f"micro_batch {train.micro_batch}")
         self.say(f"writing to {folder}\n")
 
     def progress(self, step: int, steps: int, row: dict, val_bpb: float | None, mfu: float,
@@ -95,17 +93,19 @@ class Report:
                 skipped: int) -> None:
         """How it went, beside what compressors reach on the same text, and the three commands to try next."""
         beside = ", ".join(f"{name} {level:.3f}" for name, level in levels.items())
-        self.say(f"\nvalidation: {val_loss:.3f} nats/token, {val_bpb:.3f} bits/byte ({beside})")
+        self.say(f"\nvalidation: {val_loss:.3f} nats/token, {val_bpb:.3f} bits/byte" + f" ({beside})" * bool(levels))
         if skipped:
             self.say(f"{skipped} steps were skipped: see the `skipped` rows of metrics.jsonl")
         self.say(f"curve: {folder / 'loss.png'}   sample: {folder / 'sample.txt'}\n\nnext:")
         run = shlex.quote(str(folder))
         # the run folder, not a name: it holds what was changed on the command line
         more = f"nanomai train {run} --train.resume --train.steps {2 * config.train.steps}"
-        for command, why in ((f"nanomai sample {run} --prompt 'def main('", "let it write"),
+        prompt = f" --prompt {shlex.quote(config.train.sample_prompt)}" if config.train.sample_prompt else ""
+        as_it_ships = config.name == "nano" and config.data.corpus == "stdlib"
+        for command, why in ((f"nanomai sample {run}{prompt}", "let it write"),
                              (f"nanomai eval {run}", "measure it again, or on a text of yours"),
-                             (more, "train it on") if config.name != "nano" else
-                             ("nanomai train micro", "the next size up: about ten minutes")):
+                             ("nanomai train micro", "the next size up: about ten minutes") if as_it_ships else
+                             (more, "train it on")):
             self.say(f"  {command:<52} # {why}")
 
 

@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ import torch
 from nanomai import checkpoint
 from nanomai.config import Config
 from nanomai.config_file import load_config, to_yaml
+from nanomai.files import write_atomically
 from nanomai.model import Transformer
 from nanomai.tokenizer import Tokenizer
 
@@ -30,16 +33,14 @@ class RunError(RuntimeError):
 
 
 def open_run(config: Config) -> Path:
-    """The folder of this run, made if need be. A folder that exists is only used by `train.resume`."""
-    wanted = config.train.run_dir
-    folder = Path(wanted or f"runs/{config.name}")
-    if not config.train.resume and (folder / "config.yaml").exists():
-        if wanted:
-            raise RunError(f"{folder} holds a run already; go on with --train.resume, "
-                           "or choose another --train.run-dir")
-        number = next(n for n in range(2, 10**6) if not Path(f"{folder}-{n}").exists())
-        folder = Path(f"{folder}-{number}")
+    """The folder of this run, made if need be. A folder that holds a run is only used by `train.resume`."""
+    wanted, resume = config.train.run_dir, config.train.resume
+    folder = Path(wanted or f"runs/{config.name}").expanduser()
+    if wanted and not resume:
+        _require_free(folder)
     try:
+        if not wanted and not resume:
+            folder = _make_numbered(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
@@ -48,16 +49,45 @@ def open_run(config: Config) -> Path:
     return folder
 
 
+def _require_free(folder: Path) -> None:
+    """Nothing that a run writes may be there already, be it ours or another program's; other files may."""
+    if (folder / "config.yaml").exists():
+        raise RunError(f"{folder} holds a run already; go on with --train.resume, or choose another --train.run-dir")
+    for name in ("checkpoints", "metrics.jsonl", "tokenizer.json"):
+        if (folder / name).exists():
+            raise RunError(f"{folder} holds {name} already, and a run would overwrite it; choose another "
+                           "--train.run-dir")
+
+
+def _make_numbered(folder: Path) -> Path:
+    """Makes `folder`, or the first of folder-2, folder-3, ... that is free; `mkdir` settles who came first."""
+    for number in itertools.count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir(parents=True)
+            return candidate
+
+
+@contextlib.contextmanager
+def removed_if_unused(folder: Path) -> Iterator[None]:
+    """Takes away the folder of a run that fails before it wrote anything: refused settings leave nothing behind."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a folder that holds anything stays
+            (folder / "checkpoints").rmdir()
+            folder.rmdir()
+        raise
+
+
 def write_config(folder: Path, config: Config) -> None:
     """The resolved configuration, as `config.yaml`."""
-    temporary = folder / "config.yaml.writing"
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(temporary, folder / "config.yaml")
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
 
 
 def find_run(name: str | Path) -> Path:
     """The run folder that `name` means: a path, or a name in `runs/`. RunError if there is none."""
-    for folder in (Path(name), Path("runs") / name):
+    for folder in (Path(name).expanduser(), Path("runs") / name):
         if (folder / "config.yaml").is_file():
             return folder
     known = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
@@ -91,6 +121,14 @@ def load_weights(model: Transformer, folder: Path) -> Path:
     return path
 
 
+def begin_from(model: Transformer, name: str | Path, tokenizer: Tokenizer) -> None:
+    """Reads the weights of another run into a model that is to be trained on `tokenizer`'s ids."""
+    source = find_run(name)
+    if Tokenizer.load(source / "tokenizer.json").hash != tokenizer.hash:
+        raise RunError(f"{source} was trained with another tokenizer; set --data.tokenizer {source / 'tokenizer.json'}")
+    load_weights(model, source)
+
+
 def model_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights under the names that checkpoints use."""
     return {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -101,9 +139,7 @@ class Metrics:
 
     def __init__(self, path: Path, resume_step: int = 0):
         self.path, self.rows = path, [row for row in read_metrics(path) if row["step"] <= resume_step]
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
 
     def add(self, **row) -> None:
         """Appends a row. A number that is not finite becomes null, since JSON has no other way to say it."""
@@ -121,9 +157,9 @@ class Metrics:
         return any(row["step"] == step and key in row for row in reversed(self.rows))
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: str | Path) -> list[dict]:
     """The rows of a metrics file; a last line that a kill cut short is left out."""
-    rows = []
+    path, rows = Path(path), []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))

@@ -105,11 +105,13 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 @torch.no_grad()
 def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float = 0.8,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-           stop_tokens: Sequence[int] = (), seed: int | None = None) -> Iterator[list[int | None]]:
+           stop_tokens: Sequence[int] = (), vocab_size: int | None = None,
+           seed: int | None = None) -> Iterator[list[int | None]]:
     """Yields, up to `max_tokens` times, the next token of each prompt; None for a row that has met a stop token.
 
     A prompt longer than the model's context keeps its end. When the text outgrows the context, its last half is read
-    again and the writing goes on from there.
+    again and the writing goes on from there. `vocab_size` is the tokenizer's, where the model's is padded beyond it:
+    the ids above mean nothing and are never chosen.
     """
     _check(prompts, model)
     if not (max_tokens >= 0 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1
@@ -128,9 +130,9 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
         if cache is None or cache.length == context:
             cache, fresh = _prefill(model, [text[-keep:] for text in texts], context)
             keep = max(1, context // 2)
-        logits = model(fresh, cache=cache, last_only=True)[:, -1]
+        logits = model(fresh, cache=cache, last_only=True)[:, -1, :vocab_size]
         if repetition_penalty != 1:
-            logits = penalize_repetition(logits, seen, repetition_penalty)
+            logits = penalize_repetition(logits, seen[:, :vocab_size], repetition_penalty)
         token = choose(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
         seen.scatter_(1, token[:, None], True)
         fresh, step = token[:, None], token.tolist()
@@ -157,9 +159,14 @@ def _check(prompts: Sequence[Sequence[int]], model: Transformer) -> None:
         raise SamplingError(f"a prompt holds a token outside the vocabulary of {model.config.vocab_size}")
 
 
-def generate(model: Transformer, prompt_ids: Sequence, max_tokens: int = 64, temperature: float = 0.0,
+def generate(model: Transformer, prompt_ids: Sequence | Tensor, max_tokens: int = 64, temperature: float = 0.0,
              **options) -> list:
-    """The new tokens that follow one prompt (a list of ids), or each of several (a list of lists); see `stream`."""
+    """The new tokens that follow one prompt (a list of ids), or each of several (a list of lists); see `stream`.
+
+    A tensor (T,) or (B, T) serves as well.
+    """
+    if isinstance(prompt_ids, Tensor):
+        prompt_ids = prompt_ids.tolist()
     single = not prompt_ids or isinstance(prompt_ids[0], int)
     prompts = [prompt_ids] if single else prompt_ids
     written: list[list[int]] = [[] for _ in prompts]
@@ -173,7 +180,8 @@ def generate(model: Transformer, prompt_ids: Sequence, max_tokens: int = 64, tem
 def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, max_tokens: int, **options) -> Iterator[str]:
     """The text that follows `prompt`, piece by piece; a character is held back until its last byte has come."""
     ids, pending = [tokenizer.end_of_text, *tokenizer.encode(prompt)], b""
-    for (token,) in stream(model, [ids], max_tokens, stop_tokens=[tokenizer.end_of_text], **options):
+    for (token,) in stream(model, [ids], max_tokens, stop_tokens=[tokenizer.end_of_text],
+                           vocab_size=tokenizer.vocab_size, **options):
         pending += tokenizer.decode_bytes([token])
         whole = _whole_characters(pending)
         if whole:

@@ -8,6 +8,7 @@ A document is stored as `[end_of_text] + tokens`: the end-of-text token opens it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None
+
+from nanomai.files import write_atomically
 from nanomai.tokenizer import Tokenizer
 
 _HEADER = struct.Struct("<8sIIQQQ64s64s32s")
@@ -46,18 +53,11 @@ class Header(NamedTuple):
     checksum: str  # blake2b of the tokens
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that it is either there and whole, or not there, whenever the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file of prepared data, whole or not at all. Raises DataError."""
     try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, *parts)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written: {error.strerror}") from None
 
 
@@ -68,7 +68,7 @@ def write_shard(path: Path, tokens: np.ndarray, tokenizer_hash: str, vocab_size:
     header = Header(_MAGIC, _VERSION, tokens.itemsize, vocab_size, len(tokens), n_bytes, tokenizer_hash, text_hash,
                     _digest(tokens))
     packed = _HEADER.pack(*(value.encode() if isinstance(value, str) else value for value in header))
-    write_atomically(path, packed.ljust(_HEADER_BYTES, b"\0"), tokens.data)
+    write_file(path, packed.ljust(_HEADER_BYTES, b"\0"), tokens.data)
     return header
 
 
@@ -150,8 +150,17 @@ def open_shards(folder: Path | str, split: str, verify: bool = True) -> list[lis
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    _allow_open_files()  # each mapped shard is one for the length of the run
     return [[_open_shard(folder / entry["file"], entry, manifest["tokenizer_hash"], verify)
              for entry in source["splits"][split]["shards"]] for source in manifest["sources"]]
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets this process have; the usual limit of 1,024 ends at some 16 billion tokens."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS reports more than it grants
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _open_shard(path: Path, entry: dict, tokenizer_hash: str, verify: bool) -> np.ndarray:

@@ -24,6 +24,8 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from nanomai.files import write_atomically
+
 END_OF_TEXT = "<|endoftext|>"
 FORMAT, VERSION = "nanomai-tokenizer", 1
 BYTES = [bytes([value]) for value in range(256)]
@@ -120,13 +122,7 @@ class Tokenizer:
         saved = {"format": FORMAT, "version": VERSION, "hash": self.hash, "pattern": self.pattern,
                  "special_tokens": self.special_tokens,
                  "tokens": [base64.b64encode(token).decode() for token in self.tokens]}
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(Path(path), (json.dumps(saved, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:

@@ -7,9 +7,11 @@ divided once by the global count of valid tokens, so accumulation and ranks chan
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from nanomai.optim import build_optimizers, learning_rate, named_state, piecewis
 from nanomai.parallel.apply import clip_gradients, parallelize, sum_gradients
 from nanomai.parallel.launch import StopSignal, process_group
 from nanomai.parallel.mesh import Mesh
-from nanomai.preparation import Prepared, prepare
+from nanomai.preparation import prepare
 from nanomai.report import Report, profiled
 from nanomai.sampling import stream_text
 from nanomai.show import plot_loss
@@ -56,34 +58,46 @@ def train(config: Config, show: bool = True) -> RunResult:
     """
     device = machine.pick_device(config.train.device)
     with process_group(device.type) as mesh, Report(show and mesh.is_main) as report:
-        if device.type == "cuda":
-            device = torch.device("cuda", mesh.local_rank)
-        trainer = Trainer(config, device, mesh, report)
-        trace = trainer.folder / f"trace-{mesh.rank}.json"
-        with trainer.stop, profiled(trainer.config.train.profile_steps, trace, report) as trainer.after_step:
-            return trainer.run()
+        folder, config = _open(config, device, mesh)
+        trace = profiled(config.train.profile_steps, folder / f"trace-{mesh.rank}.json", report)
+        with runs.removed_if_unused(folder):
+            trainer = Trainer(config, folder, device, mesh, report)
+            with trainer.stop, trace as trainer.after_step:
+                return trainer.run()
+
+
+def _open(config: Config, device: torch.device, mesh: Mesh) -> tuple[Path, Config]:
+    """The run folder, made by rank 0, and the configuration with every `auto` decided, as it was before on resume."""
+    folder = mesh.from_main(lambda: runs.open_run(config))
+    saved = folder / "config.yaml"
+    before = mesh.from_main(lambda: load_config(saved) if saved.exists() else None)
+    if before is not None and before.model != config.model:
+        raise ConfigError(f"{folder} holds another model than {config.name}; resume with the same model settings")
+    return folder, machine.resolve(config, device, mesh.world_size, before)
 
 
 class Trainer:
     """One run in one process: its state, and the steps that change it."""
 
-    def __init__(self, config: Config, device: torch.device, mesh: Mesh, report: Report):
-        self.device, self.mesh, self.report = device, mesh, report
-        self.stop, self.after_step = StopSignal(), lambda: None
-        self.folder, self.config = self._open(config)
-        train = self.config.train
+    def __init__(self, config: Config, folder: Path, device: torch.device, mesh: Mesh, report: Report):
+        self.config, self.folder, self.device, self.mesh, self.report = config, folder, device, mesh, report
+        self.stop, self.after_step = StopSignal(tell=not report.console.quiet), lambda: None
+        train = config.train
         machine.prepare_process(train.threads)
         self.peak = machine.matmul_peak(device, getattr(torch, train.dtype))
         if mesh.is_main:
-            report.opening(self.config, self.folder, machine.describe(device), self.peak, config)
-        self.prepared = mesh.from_main(self._prepare)  # the others wait, and find what rank 0 made
-        self.loader = self.prepared.loader(self.config.sequence_length, self.config.data.seed)
-        self.validation = self.prepared.validation(self.config.sequence_length)
+            report.opening(self.config, self.folder, machine.describe(device), self.peak)
+        self.prepared = mesh.from_main(  # the other ranks wait, and find what it made
+            lambda: prepare(config.data, config.model.vocab_size, show=not report.console.quiet))
+        verify = mesh.local_rank == 0  # one rank reads a machine's data through, and all stop if it is damaged
+        self.loader = self.prepared.loader(config.sequence_length, config.data.seed, verify)
+        self.validation = self.prepared.validation(config.sequence_length, verify)
         self.checkpoint = self._find_checkpoint()
         self.model = self._build()
-        self.optimizers = build_optimizers(self.model, self.config.optim)
+        self.optimizers = build_optimizers(self.model, self.config.optim, getattr(torch, train.dtype))
         self.guard = SpikeGuard(train.spike_deviations)
-        self.steps_done, self.samples, self.seconds = 0, 0, 0.0
+        self.steps_done, self.samples = 0, 0
+        self.recent_seconds: deque[float] = deque(maxlen=16)  # of a step; the first ones compile, and foretell nothing
         self._restore()
         self.loader.require(self.samples + sum(self._batch_samples()))
         list(rank_spans(0, set(self._batch_samples()), 0, mesh.world_size))  # DataError if ranks cannot share a batch
@@ -91,45 +105,19 @@ class Trainer:
         parallelize(self.model, mesh, train.compile == "on")
         self.metrics = runs.Metrics(self.folder / "metrics.jsonl", self.steps_done) if mesh.is_main else None
         self.val: Evaluation | None = None
-        self.evaluated_at = -1
 
     # --- Setting up ---------------------------------------------------------------------------------------------------
-
-    def _open(self, config: Config) -> tuple[Path, Config]:
-        """The run folder, made by rank 0, and the configuration with every `auto` decided."""
-        folder = self.mesh.from_main(lambda: runs.open_run(config))
-        saved = folder / "config.yaml"
-        before = self.mesh.from_main(lambda: load_config(saved) if saved.exists() else None)
-        if before is not None:
-            if before.model != config.model:
-                raise ConfigError(f"{folder} holds another model than {config.name}; "
-                                  "resume with the same model settings")
-            decided = {f: getattr(before.train, f) for f in ("dtype", "compile", "threads", "micro_batch")
-                       if getattr(config.train, f) in ("auto", 0)}
-            config = dataclasses.replace(config, train=dataclasses.replace(config.train, **decided))
-        config = machine.resolve(config, self.device, self.mesh.world_size)
-        if before is None:
-            self.mesh.from_main(lambda: runs.write_config(folder, config))
-        return folder, config
 
     def _accept(self) -> None:
         """What the run folder says of itself changes only after everything that could refuse the settings."""
         runs.write_config(self.folder, self.config)
         self.prepared.tokenizer.save(self.folder / "tokenizer.json")
 
-    def _prepare(self) -> Prepared:
-        return prepare(self.config.data, self.config.model.vocab_size, show=not self.report.console.quiet)
-
     def _build(self) -> Transformer:
         model = build_model(self.config.model, self.config.train.seed)
         model.compute_dtype = getattr(torch, self.config.train.dtype)
         if self.config.train.init_from and self.checkpoint is None:
-            source = runs.find_run(self.config.train.init_from)
-            theirs = runs.Tokenizer.load(source / "tokenizer.json")
-            if theirs.hash != self.prepared.tokenizer.hash:
-                raise ConfigError(f"{source} was trained with another tokenizer; set --data.tokenizer "
-                                  f"{source / 'tokenizer.json'}", "train.init_from")
-            runs.load_weights(model, source)
+            runs.begin_from(model, self.config.train.init_from, self.prepared.tokenizer)
         return model.to(self.device)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -160,10 +148,12 @@ class Trainer:
         checkpoint.load(path, tensors, self.mesh)
         torch.set_rng_state(tensors["rng/cpu"])
         self.guard.restore(state["guard"])
-        self.steps_done, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
-        if state["machine"] != machine.describe(self.device):
-            self.report.warn(f"saved on another machine ({state['machine']}): losses will differ in their last digits")
+        self.steps_done, self.samples = state["step"], state["samples"]
+        if state["machine"] != machine.describe(self.device, self.mesh.world_size):
+            self.report.warn(f"saved on {state['machine']}: losses here will differ in their last digits")
         self.report.say(f"resuming {path}")
+        if self.steps_done >= self.config.train.steps:
+            self.report.warn(f"all its {self.steps_done} steps are done; a larger --train.steps would train it on")
 
     # --- Running ------------------------------------------------------------------------------------------------------
 
@@ -172,28 +162,31 @@ class Trainer:
         train = self.config.train
         batches = self.loader.batches(self.samples, self._batch_samples(), self.mesh.rank, self.mesh.world_size)
         with contextlib.closing(batches):
-            for batch in batches:
-                row = self.step(batch)
+            for asked_at, batch in _timed(batches):
+                row = self.step(batch, asked_at)
                 if row is None:
                     return self._interrupted()
                 self.after_step()
                 last = self.steps_done == train.steps
-                if last or _due(train.eval_every, self.steps_done):
-                    self._evaluate(everything=last)
+                if _due(train.eval_every, self.steps_done) and not last:
+                    self._evaluate()
                 if _due(train.sample_every, self.steps_done) and not last:
                     self._sample()
                 if last or _due(train.checkpoint_every, self.steps_done):
                     self._save()
                 self._progress(row)
-        return self._finish()
+        return self._finish()  # measures and writes; whatever happens there, the last step is saved
 
     def _batch_samples(self) -> Iterator[int]:
         for step in range(self.steps_done, self.config.train.steps):
             yield piecewise(self.config.train.batch_tokens, step) // self.config.sequence_length
 
-    def step(self, batch: Batch) -> dict | None:
-        """One optimizer step on this rank's part of the batch; None, and nothing done, if a rank was told to stop."""
-        start, train = time.perf_counter(), self.config.train
+    def step(self, batch: Batch, asked_at: float) -> dict | None:
+        """One optimizer step on this rank's part of the batch; None, and nothing done, if a rank was told to stop.
+
+        Its time runs from `asked_at`, so that waiting for data shows as slowness.
+        """
+        train = self.config.train
         valid = (batch.targets != IGNORE).sum().item()
         n_valid, stop, n_samples = self.mesh.sum(torch.tensor(
             [valid, self.stop.name is not None, len(batch.ids)], dtype=torch.float64)).tolist()
@@ -216,8 +209,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.steps_done, self.samples = self.steps_done + 1, self.samples + int(n_samples)
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
+        seconds = time.perf_counter() - asked_at
+        self.recent_seconds.append(seconds)
         row = {"step": self.steps_done, "loss": loss, "grad_norm": grad_norm, "lr": lr,
                "tokens_per_second": round(n_samples * self.config.sequence_length / seconds, 1)}
         return self._record(row, reason)
@@ -229,19 +222,19 @@ class Trainer:
         if reason:
             self.report.warn(f"step {row['step']} skipped: {reason}")
             if self.guard.skipped_in_a_row >= self.config.train.max_skipped:
-                good, _ = checkpoint.newest(self.folder / "checkpoints")
+                good, _ = self.mesh.from_main(lambda: checkpoint.newest(self.folder / "checkpoints"))
                 back = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
                 raise TrainingStopped(f"{self.guard.skipped_in_a_row} steps in a row were refused, the last because "
                                       f"{reason}; {back}: lower optim.lr, or look at the data, and resume")
         return row
 
-    def _evaluate(self, everything: bool) -> None:
+    def _evaluate(self, last: bool = False) -> None:
         """Validation loss, never through the compiled training graph: its shapes are not these."""
-        n = None if everything else max(1, self.config.train.eval_tokens // self.config.sequence_length)
-        batches = self.validation.batches(self.config.train.micro_batch, n, self.mesh.rank, self.mesh.world_size)
+        train = self.config.train
+        n = max(1, (train.final_eval_tokens if last else train.eval_tokens) // self.config.sequence_length)
+        batches = self.validation.batches(train.micro_batch, n, self.mesh.rank, self.mesh.world_size)
         with torch.compiler.set_stance("force_eager"):
             self.val = evaluate(self.model, self.prepared.tokenizer, batches, self.mesh)
-        self.evaluated_at = self.steps_done
         if self.metrics and not self.metrics.has(self.steps_done, "val_loss"):
             self.metrics.add(step=self.steps_done, val_loss=self.val.loss, val_bpb=self.val.bits_per_byte)
 
@@ -257,14 +250,14 @@ class Trainer:
     def _progress(self, row: dict) -> None:
         train, speed = self.config.train, row["tokens_per_second"]
         flops = speed * self.config.model.flops_per_token(self.config.sequence_length)
-        left = (train.steps - self.steps_done) * self.seconds / max(1, self.steps_done)
+        left = (train.steps - self.steps_done) * statistics.median(self.recent_seconds)
         bpb = self.val.bits_per_byte if self.val else None
         self.report.progress(self.steps_done, train.steps, row, bpb, flops / (self.peak * self.mesh.world_size), left)
 
     def _save(self) -> Path:
-        state = {"step": self.steps_done, "samples": self.samples, "seconds": self.seconds, "guard": self.guard.state(),
-                 "data": self.loader.identity, "machine": machine.describe(self.device),
-                 "config": dataclasses.asdict(self.config)}
+        state = {"step": self.steps_done, "samples": self.samples, "data": self.loader.identity,
+                 "guard": self.guard.state(), "config": asdict(self.config),
+                 "machine": machine.describe(self.device, self.mesh.world_size)}
         return checkpoint.save(self.folder / "checkpoints", self.steps_done, self._tensors(), state,
                                self.config.train.keep_checkpoints, self.mesh)
 
@@ -276,12 +269,13 @@ class Trainer:
         return self._result(finished=False)
 
     def _finish(self) -> RunResult:
-        if self.evaluated_at != self.steps_done:  # a finished run that was resumed with nothing left to do
-            self._evaluate(everything=True)
+        self._evaluate(last=True)
         if self.mesh.is_main:
             prompt = self.config.train.sample_prompt
             (self.folder / "sample.txt").write_text(prompt + self._write(256, 0) + "\n", encoding="utf-8")
-            levels = compressed_bits_per_byte(validation_text(self.validation, self.prepared.tokenizer))
+            levels = {}  # what compressors make of the same text; of a part of it there is no file to compress
+            if self.config.train.final_eval_tokens >= len(self.validation.windows) * self.config.sequence_length:
+                levels = compressed_bits_per_byte(validation_text(self.validation, self.prepared.tokenizer))
             title = f"{self.config.name}: {self.config.model.n_parameters:,} parameters"
             plot_loss(self.metrics.rows, title, self.folder / "loss.png", levels)
             self.report.closing(self.config, self.folder, self.val.loss, self.val.bits_per_byte, levels,
@@ -292,6 +286,14 @@ class Trainer:
         losses = [row["loss"] for row in self.metrics.rows if row.get("loss") is not None] if self.metrics else []
         val = self.val if finished else None
         return RunResult(self.folder, self.steps_done, losses, val and val.loss, val and val.bits_per_byte, finished)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Each batch, and when it was asked for."""
+    asked_at = time.perf_counter()
+    for batch in batches:
+        yield asked_at, batch
+        asked_at = time.perf_counter()
 
 
 def _due(every: int, step: int) -> bool:

@@ -186,12 +186,13 @@ def test_eval_of_a_text(capsys, here):
         assert capsys.readouterr().err == f"nanomai: {message}\n"
 
 
-def test_eval_where_the_corpus_has_changed(capsys, here):
-    output(capsys, *"train tiny.yaml --train.steps 1 --train.run-dir bpe".split(),
-           *"--data.tokenizer bpe --model.vocab-size 290".split())
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_eval_where_the_corpus_has_changed(capsys, here, tokenizer):
+    output(capsys, *f"train tiny.yaml --train.steps 1 --train.run-dir {tokenizer}".split(),
+           *f"--data.tokenizer {tokenizer} --model.vocab-size 290".split())
     (here / "text/more.txt").write_text("quite other words, from which other tokens are learned " * 99)
     try:
-        assert main(["eval", "bpe"]) == 1
+        assert main(["eval", tokenizer]) == 1
     finally:
         (here / "text/more.txt").unlink()
     assert capsys.readouterr().err.splitlines()[-1] == (

@@ -1,5 +1,6 @@
 """The closed forms against counted tensors and counted FLOPs, and each setting that cannot work with its exact line."""
 
+import math
 import re
 
 import pytest
@@ -130,8 +131,9 @@ def knots(**changes) -> Config:
 
 
 MODEL_ERRORS = [
-    ({"n_layers": 0}, "n_layers 0 must be above 0", "model.n_layers"),
-    ({"init_std": float("nan")}, "init_std nan must be above 0", "model.init_std"),
+    ({"n_layers": 0}, "n_layers 0 must be above 0 and finite", "model.n_layers"),
+    ({"init_std": math.inf}, "init_std inf must be above 0 and finite", "model.init_std"),
+    ({"init_std": float("nan")}, "init_std nan must be above 0 and finite", "model.init_std"),
     ({"n_heads": 4, "n_kv_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3; every key-value head must serve the "
                                       "same number of query heads", "model.n_kv_heads"),
     ({"head_dim": 7}, "head_dim 7 is odd; rotary positions turn pairs of numbers", "model.head_dim"),
@@ -141,8 +143,9 @@ MODEL_ERRORS = [
 OTHER_ERRORS = [
     (lambda: DataConfig(val_fraction=1.0), "val_fraction 1.0 must lie between 0 and 1", "data.val_fraction"),
     (lambda: DataConfig(workers=-1), "workers -1 must be 0 (one for each core) or more", "data.workers"),
-    (lambda: OptimConfig(eps=0.0), "eps 0.0 must be above 0", "optim.eps"),
-    (lambda: OptimConfig(lr=0.0), "lr 0.0 must be above 0", "optim.lr"),
+    (lambda: OptimConfig(eps=0.0), "eps 0.0 must be above 0 and finite", "optim.eps"),
+    (lambda: OptimConfig(lr=math.inf), "lr inf must be above 0 and finite", "optim.lr"),
+    (lambda: OptimConfig(lr=0.0), "lr 0.0 must be above 0 and finite", "optim.lr"),
     (lambda: OptimConfig(lr={}), "lr {} must give its steps in rising order from 0", "optim.lr"),
     (lambda: OptimConfig(lr={1: 1.0}), "lr {1: 1.0} must give its steps in rising order from 0", "optim.lr"),
     (lambda: OptimConfig(lr={0: 1.0, 9: 1.0, 5: 1.0}),
@@ -150,11 +153,12 @@ OTHER_ERRORS = [
     (lambda: OptimConfig(beta2=1.0), "beta2 1.0 must be at least 0 and below 1", "optim.beta2"),
     (lambda: OptimConfig(min_lr_ratio=1.5), "min_lr_ratio 1.5 must lie between 0 and 1", "optim.min_lr_ratio"),
     (lambda: OptimConfig(warmup_steps=-1), "warmup_steps -1 must not be negative", "optim.warmup_steps"),
-    (lambda: TrainConfig(steps=0), "steps 0 must be above 0", "train.steps"),
+    (lambda: TrainConfig(steps=0), "steps 0 must be above 0 and finite", "train.steps"),
     (lambda: TrainConfig(eval_every=-1), "eval_every -1 must not be negative", "train.eval_every"),
     (lambda: TrainConfig(sequence_length=-64), "sequence_length -64 must be at least 1, or null",
      "train.sequence_length"),
-    (lambda: knots(batch_tokens={0: 640, 5: 0}), "batch_tokens {0: 640, 5: 0} must be above 0", "train.batch_tokens"),
+    (lambda: knots(batch_tokens={0: 640, 5: 0}), "batch_tokens {0: 640, 5: 0} must be above 0 and finite",
+     "train.batch_tokens"),
     (lambda: knots(batch_tokens=100),
      "batch_tokens 100 is not a multiple of the sequence length 64; the nearest is 128", "train.batch_tokens"),
     (lambda: knots(batch_tokens={0: 640, 9: 10}),

@@ -44,9 +44,10 @@ def test_mixtures_are_read_from_the_right(corpus, expected):
 @pytest.mark.parametrize("corpus, message", [
     ("a,,b", "corpus 'a,,b' has an empty part; write PATH:WEIGHT:MAX_EPOCHS,..."),
     ("", "corpus '' has an empty part; write PATH:WEIGHT:MAX_EPOCHS,..."),
-    ("a:0", "corpus 'a:0': the weight and max_epochs must be above 0"),
-    ("a:-1", "corpus 'a:-1': the weight and max_epochs must be above 0"),
-    ("b,a:1:0", "corpus 'a:1:0': the weight and max_epochs must be above 0"),
+    ("a:0", "corpus 'a:0': weight and max_epochs must be above 0, finite"),
+    ("a:1e999,b", "corpus 'a:1e999': weight and max_epochs must be above 0, finite"),
+    ("a:-1", "corpus 'a:-1': weight and max_epochs must be above 0, finite"),
+    ("b,a:1:0", "corpus 'a:1:0': weight and max_epochs must be above 0, finite"),
     ("a:1,a:2", "corpus 'a' is named twice; give it one weight"),
 ])
 def test_wrong_mixtures(corpus, message):

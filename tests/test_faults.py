@@ -105,9 +105,9 @@ def test_kill_9_at_many_random_instants(seed):
 
 KILL_POINTS = {  # what is being called, on what, and the step that survives
     "after the tensors": ("torch.distributed.checkpoint.FileSystemWriter.finish", ".writing-step-00000004", 2),
-    "before the manifest": ("nanomai.checkpoint._write", ".writing-step-00000004/manifest.json", 2),
+    "before the manifest": ("nanomai.checkpoint.write_atomically", ".writing-step-00000004/manifest.json", 2),
     "before the rename": ("os.rename", ".writing-step-00000004", 2),
-    "after the rename": ("nanomai.checkpoint._write", "LATEST.writing step-00000004", 4),
+    "before the one that is superseded goes": ("shutil.rmtree", "step-00000002", 6),
 }
 
 

@@ -15,12 +15,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BELOW_TRAINER = """config config_file ops moe mla model tokenizer corpus shards data optim parallel checkpoint planner
-                   runs sampling evaluation hub simulator machine guard preparation report"""
+BELOW_TRAINER = """config config_file files ops moe mla model tokenizer corpus shards data optim parallel checkpoint
+                   planner runs sampling evaluation hub simulator machine guard preparation report"""
 PUBLIC = BELOW_TRAINER + " show trainer post"
 
 # A room is a file or a folder of nanomai/. Inside a folder all is allowed; `folder.file` gives one file its own line.
 MAY_IMPORT = {
+    "files": "",
     "config": "",
     "config_file": "config",
     "triton_kernels": "",
@@ -28,21 +29,21 @@ MAY_IMPORT = {
     "moe": "config ops",
     "mla": "config ops",
     "model": "config ops moe mla",
-    "tokenizer": "",
+    "tokenizer": "files",
     "corpus": "config",
-    "shards": "config tokenizer",
+    "shards": "config files tokenizer",
     "data": "config tokenizer shards",
     "optim": "config",
     "parallel": "config",
     "parallel.tensor": "config ops",
-    "checkpoint": "config parallel",  # saving is collective: it needs to know who the main rank is
+    "checkpoint": "config files parallel",  # saving is collective: it needs to know who the main rank is
     "planner": "config",
     "machine": "config optim",  # the batch of a step, which may be piecewise, sets the micro-batch
     "guard": "",
     "show": "",
     "report": "config show",
-    "preparation": "config corpus tokenizer shards data",
-    "runs": "config config_file model checkpoint tokenizer",
+    "preparation": "config corpus tokenizer shards data machine",  # how many cores may tokenize
+    "runs": "config config_file files model checkpoint tokenizer",
     "sampling": "ops model tokenizer",  # the cache makes the masks of its rows
     "evaluation": "data ops model parallel tokenizer sampling",  # a sum over all ranks, through the model's own loss
     "hub": "config model tokenizer",
@@ -63,7 +64,7 @@ MAY_NEED = {
     "triton_kernels": "torch triton",
     "show": "matplotlib torch",
     "machine": CORE + " triton",
-    "tokenizer": CORE + " regex",  # tiktoken brings it
+    "tokenizer": CORE + " regex",
     "corpus": CORE + " pyarrow datasets",
     "cli": CORE + " tyro",
 }

@@ -22,6 +22,7 @@ def pretend(monkeypatch):
     """pretend(cuda=True, bf16=True, ...) makes the library say so."""
     def change(cuda=False, mps=False, bf16=False, compiler=True, cores=4, ranks_here=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
         for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
@@ -45,8 +46,25 @@ def test_the_best_device_there_is(pretend, there, expected):
     pretend(**there)
     assert str(pick_device("auto")) == expected
     assert str(pick_device("cpu")) == "cpu"
-    if "cuda" in there:
-        assert str(pick_device("auto", 3)) == str(pick_device("cuda", 3)) == "cuda:3"
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(pretend, monkeypatch):
+    pretend(cuda=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(pick_device("auto")) == str(pick_device("cuda")) == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"^process 2 of this machine has no GPU: there are 2; start as many "):
+        pick_device("auto")
+    assert str(pick_device("cpu")) == "cpu"
+
+
+def test_several_processes_do_not_share_an_apple_gpu(pretend, monkeypatch):
+    pretend(mps=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert str(pick_device("auto")) == "cpu"
+    with pytest.raises(ConfigError, match=r"^device 'mps' is not available here"):
+        pick_device("mps")
 
 
 @pytest.mark.parametrize("wanted, message", [
@@ -102,10 +120,10 @@ def test_threads(pretend, cores, ranks, threads):
 @pytest.mark.parametrize("batch_tokens, world_size, micro_batch", [
     (8192, 1, 32),                     # 32 sequences of 256: all at once
     (16384, 1, 64), (32768, 1, 64),    # 16,384 tokens at most
-    (256 * 65, 1, 13),                 # the largest divisor of 65 up to 64
-    (256 * 67, 1, 1),                  # a prime
+    (256 * 130, 1, 44),                # 44, 44 and 42
+    (256 * 67, 1, 34),                 # a prime: 34 and 33
     (32768, 4, 32), (256 * 12, 4, 3),  # of each rank's own share
-    ({0: 256 * 12, 5: 256 * 18}, 1, 6), ({0: 256 * 64, 5: 256 * 128}, 2, 32)], ids=str)
+    ({0: 256 * 12, 5: 256 * 18}, 1, 12), ({0: 256 * 64, 5: 256 * 128}, 2, 32)], ids=str)
 def test_micro_batch(pretend, batch_tokens, world_size, micro_batch):
     resolved = resolve(config(batch_tokens=batch_tokens), CPU, world_size)
     assert resolved.train.micro_batch == micro_batch

@@ -88,6 +88,13 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(name):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_another_reduction_is_refused():
+    model, x = build_model(ModelConfig()), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^reduction 'none' must be 'mean' or 'sum'$"):
+        model(x, x, reduction="none")
+
+
+@torch.no_grad()
 def test_the_last_logits_alone():
     model, x = shaken(tiny()), ids()
     last = model(x, last_only=True)

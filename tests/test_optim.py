@@ -129,6 +129,19 @@ def test_muons_update_has_the_size_of_adamws():
     assert p.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.2)
 
 
+def test_iterations_in_bfloat16():
+    """A few hundredths off, as bfloat16 is; and `build_optimizers` hands the choice on."""
+    updates = {}
+    for dtype in (None, torch.bfloat16):
+        p = torch.nn.Parameter(torch.zeros(64, 256))
+        p.grad = randn(64, 256)
+        Muon([p], lr=1.0, dtype=dtype).step()
+        updates[dtype] = p.detach()
+    error = (updates[torch.bfloat16] - updates[None]).norm() / updates[None].norm()
+    assert 1e-4 < error < 0.05
+    assert build_optimizers(build_model(CONFIG), OptimConfig(name="muon"), torch.bfloat16)[1].dtype == torch.bfloat16
+
+
 def test_a_parameter_without_gradient_stays():
     p, q = (torch.nn.Parameter(randn(4, 4)) for _ in range(2))
     q.grad = randn(4, 4, seed=1)

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from nanomai.config import ModelConfig
+from nanomai.config import ConfigError, ModelConfig
 from nanomai.model import build_model
 from nanomai.parallel.apply import clip_gradients, parallelize, sum_gradients
 from nanomai.parallel.launch import launch, process_group
@@ -90,6 +90,13 @@ def test_one_process_needs_no_group(monkeypatch):
         assert mesh.sum(x) is x and mesh.from_main(lambda: 5) == 5
         with pytest.raises(ValueError):
             mesh.from_main(lambda: int("x"))
+
+
+def test_half_a_launch_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE is 2 and RANK is not set; start with torchrun, or unset "):
+        process_group().__enter__()
 
 
 def with_gradients(*values: list[float]) -> torch.nn.Module:

@@ -12,9 +12,9 @@ from nanomai import report as module
 from nanomai.config import Config, ModelConfig, TrainConfig
 from nanomai.report import Report, profiled
 
-ASKED = Config(name="nano", model=ModelConfig(), train=TrainConfig(steps=100))
-CONFIG = dataclasses.replace(ASKED, train=dataclasses.replace(ASKED.train, dtype="float32", compile="off", threads=2,
-                                                              micro_batch=32))
+CONFIG = Config(name="nano", model=ModelConfig(),
+                train=TrainConfig(steps=100, dtype="float32", compile="off", threads=2, micro_batch=32,
+                                  sample_prompt="def f("))
 ROW = {"loss": 1.23456, "tokens_per_second": 12345.6}
 
 
@@ -26,7 +26,7 @@ class Terminal(io.StringIO):
 def tell(report: Report) -> None:
     """A whole short run."""
     with report:
-        report.opening(CONFIG, Path("runs/nano"), "a CPU", 2e11, ASKED)
+        report.opening(CONFIG, Path("runs/nano"), "a CPU", 2e11)
         report.progress(1, 100, ROW, None, 0.4321, 3723.0)
         report.sample(50, "def ", "main(): [bold]pass")
         report.warn("step 7 skipped: the loss is nan")
@@ -39,7 +39,7 @@ def test_in_a_pipe(capsys):
     assert capsys.readouterr().out == """\
 nano: 853,120 parameters, 4 layers of 128, 5.9 MFLOP a token
 on a CPU; matrix products reach 200 GFLOP/s
-auto: dtype float32, compile off, threads 2, micro_batch 32
+dtype float32, compile off, threads 2, micro_batch 32
 writing to runs/nano
 
 step   1/100  loss 1.235  val   -   bits/byte  12,346 tokens/s  MFU 43%  1:02:03 left
@@ -54,7 +54,7 @@ validation: 2.500 nats/token, 1.750 bits/byte (gzip -9 1.963)
 curve: runs/nano/loss.png   sample: runs/nano/sample.txt
 
 next:
-  nanomai sample runs/nano --prompt 'def main('        # let it write
+  nanomai sample runs/nano --prompt 'def f('           # let it write
   nanomai eval runs/nano                               # measure it again, or on a text of yours
   nanomai train micro                                  # the next size up: about ten minutes
 """
@@ -85,11 +85,6 @@ def test_plain_lines_come_at_intervals(capsys, monkeypatch):
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/100", "4/100", "100/100"]
 
 
-def test_no_automatic_setting_no_line(capsys):
-    Report().opening(CONFIG, Path("r"), "a CPU", 2e11, CONFIG)
-    assert "auto" not in capsys.readouterr().out
-
-
 def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("  nanomai")]
 
@@ -102,7 +97,7 @@ def test_commands_can_be_pasted(capsys):
     said = capsys.readouterr().out
     assert "skipped" not in said and "SIGTERM: saved my runs/it's/checkpoints/step-00000005" in said
     assert commands(said) == [
-        ["nanomai", "sample", str(folder), "--prompt", "def main("], ["nanomai", "eval", str(folder)],
+        ["nanomai", "sample", str(folder), "--prompt", "def f("], ["nanomai", "eval", str(folder)],
         ["nanomai", "train", str(folder), "--train.resume", "--train.steps", "200"],
         ["nanomai", "train", str(folder), "--train.resume"]]
 

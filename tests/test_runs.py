@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from nanomai.runs import (
     model_state,
     open_run,
     read_metrics,
+    removed_if_unused,
     write_config,
 )
 from nanomai.tokenizer import TokenizerError, get_tokenizer
@@ -52,6 +54,53 @@ def test_a_name_that_is_taken_gets_a_number():
     assert [str(made(config())) for _ in range(3)] == ["runs/first", "runs/first-2", "runs/first-3"]
     assert str(made(config("second"))) == "runs/second"
     assert str(made(config(resume=True))) == "runs/first", "to resume is to go on in the same folder"
+
+
+def test_a_home_folder_is_found(monkeypatch, here):
+    monkeypatch.setenv("HOME", str(here))
+    assert made(config(run_dir="~/mine")) == here / "mine" == find_run("~/mine")
+
+
+def test_runs_that_start_at_once_take_different_folders():
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: open_run(config()), range(24)))
+    assert len(set(folders)) == 24
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing():
+    folder = open_run(config())
+    with pytest.raises(KeyError), removed_if_unused(folder):
+        raise KeyError
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoints/step-00000001", "tokenizer.json", "notes.txt"])
+def test_a_failed_run_keeps_what_it_did_and_what_is_not_ours(file):
+    folder = open_run(config())
+    (folder / file).touch()
+    with pytest.raises(KeyError), removed_if_unused(folder):
+        raise KeyError
+    assert (folder / file).exists()
+
+
+@pytest.mark.parametrize("file", ["checkpoints/step-1000/weights", "metrics.jsonl", "tokenizer.json"])
+def test_what_another_program_wrote_is_never_overwritten(file):
+    path = Path("mine") / file
+    path.parent.mkdir(parents=True)
+    path.write_text("theirs")
+    with pytest.raises(RunError, match=rf"^mine holds {file.split('/')[0]} already, and a run would overwrite it; "):
+        open_run(config(run_dir="mine"))
+    assert path.read_text() == "theirs"
+    Path("logs").mkdir()
+    Path("logs/job.out").touch()
+    assert open_run(config(run_dir="logs")) == Path("logs"), "other files may lie beside"
+
+
+def test_a_run_that_ends_well_keeps_its_folder():
+    folder = made(config())
+    with removed_if_unused(folder):
+        pass
+    assert (folder / "config.yaml").exists()
 
 
 def test_a_folder_that_was_asked_for_is_never_overwritten():

@@ -134,6 +134,19 @@ def test_a_prompt_longer_than_the_context_keeps_its_end():
     assert len(generate(build(context_length=1), [1, 2, 3], 4)) == 4
 
 
+def test_ids_beyond_the_tokenizer_are_never_chosen():
+    model, prompt = build(), [1, 2, 3]
+    likeliest = generate(model, prompt, 1)[0]
+    for options in ({}, {"temperature": 1.0, "top_k": 5, "seed": 0}, {"repetition_penalty": 1.5}):
+        assert max(generate(model, prompt, 20, vocab_size=likeliest, **options)) < likeliest
+
+
+def test_a_tensor_of_prompts():
+    model, prompts = build(), ids(2, 5)
+    assert generate(model, prompts, 4) == generate(model, prompts.tolist(), 4)
+    assert generate(model, prompts[0], 4) == generate(model, prompts[0].tolist(), 4)
+
+
 def test_seeds():
     model, prompt = build(), [1, 2, 3]
 
@@ -245,7 +258,8 @@ def test_stream_text(monkeypatch):
     script = [*tokenizer.encode_bytes("é東🙂!".encode()), tokenizer.end_of_text, 7]
 
     def scripted(model, prompts, max_tokens, stop_tokens=(), **options):
-        assert prompts == [[tokenizer.end_of_text, *tokenizer.encode("So")]] and options == {"seed": 3}
+        assert prompts == [[tokenizer.end_of_text, *tokenizer.encode("So")]]
+        assert options == {"vocab_size": 270, "seed": 3}
         for token in script[:max_tokens]:
             if token in stop_tokens:
                 return

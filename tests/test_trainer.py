@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def after(monkeypatch):
     """`after(step, action)`: `action(trainer)` happens as soon as that step is done."""
     actions, step = {}, Trainer.step
 
-    def observed(self, batch):
-        row = step(self, batch)
+    def observed(self, *arguments):
+        row = step(self, *arguments)
         if row is not None and row["step"] in actions:
             actions.pop(row["step"])(self)
         return row
@@ -109,6 +110,13 @@ def test_a_second_signal_stops_at_once_but_an_echo_does_not():
             signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.parametrize("tell", [True, False])
+def test_a_signal_is_answered_at_once(capfd, tell):
+    with StopSignal(tell):
+        signal.raise_signal(signal.SIGINT)
+    assert ("finishing this step and saving" in capfd.readouterr().err) == tell
+
+
 def test_a_finished_run_is_extended():
     settings = {"optim__schedule": "constant"}
     train(tiny(train__run_dir="unbroken", train__steps=9, **settings), show=False)
@@ -125,6 +133,13 @@ def test_resuming_a_finished_run_changes_nothing():
     again = train(tiny(train__resume=True), show=False)
     assert again.finished and (again.val_loss, again.losses) == (first.val_loss, first.losses)
     assert rows("runs/tiny") == before
+
+
+def test_fewer_steps_than_are_done(capsys):
+    train(tiny(train__steps=5), show=False)
+    again = train(tiny(train__steps=3, train__resume=True))
+    assert again.finished and again.steps == 5 and len(again.losses) == 5
+    assert "all its 5 steps are done; a larger --train.steps would train it on" in capsys.readouterr().out
 
 
 def test_resuming_where_nothing_is_begins():
@@ -197,6 +212,14 @@ def test_the_choices_of_auto_are_kept(after):
 # --- Beginning from another run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_multiplies_in_the_runs_dtype(dtype, after):
+    seen = []
+    after(1, lambda trainer: seen.append(trainer.optimizers[1].dtype))
+    train(tiny(train__steps=1, train__dtype=dtype, optim__name="muon"), show=False)
+    assert seen == [getattr(torch, dtype)]
+
+
 def test_init_from(after, here):
     source = train(tiny(), show=False)
     began = []
@@ -211,7 +234,7 @@ def test_init_from(after, here):
 
 def test_init_from_another_tokenizer_or_model_is_refused():
     train(tiny(train__steps=1), show=False)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(RunError) as error:
         train(tiny(data__tokenizer="bpe", model__vocab_size=290, train__init_from="runs/tiny"), show=False)
     assert str(error.value) == ("runs/tiny was trained with another tokenizer; "
                                 "set --data.tokenizer runs/tiny/tokenizer.json")
@@ -329,13 +352,46 @@ def test_a_profile_that_never_began_says_so(capsys):
 
 @pytest.mark.usefixtures("whole")
 def test_the_progress_line(capsys):
-    result = train(tiny(train__steps=40, train__eval_every=40))
+    result = train(tiny(train__steps=40, train__eval_every=20))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 40/40"))
     parts = re.fullmatch(r"step 40/40  loss (\S+)  val (\S+) bits/byte  ([\d,]+) tokens/s  MFU (\d+)%  0:00 left", line)
     loss, bpb, speed, mfu = parts.groups()
-    assert (loss, bpb) == (f"{result.losses[-1]:.3f}", f"{result.val_bpb:.3f}")
+    on_the_way = next(row["val_bpb"] for row in rows(result.run_dir) if "val_bpb" in row)
+    assert (loss, bpb) == (f"{result.losses[-1]:.3f}", f"{on_the_way:.3f}")
     assert float(speed.replace(",", "")) == pytest.approx(rows(result.run_dir)[-2]["tokens_per_second"], abs=1)
     assert 0 <= int(mfu) < 100
+
+
+def test_the_last_evaluation_is_bounded(capsys):
+    everything = train(tiny(train__run_dir="whole", train__steps=1))
+    assert "gzip -9" in capsys.readouterr().out
+    part = train(tiny(train__run_dir="part", train__steps=1, train__final_eval_tokens=64))
+    assert "gzip -9" not in capsys.readouterr().out, "compressors would see another text than the model did"
+    assert part.losses == everything.losses and part.val_loss != everything.val_loss
+
+
+def test_a_run_that_waits_for_data_is_slow(monkeypatch):
+    make = trainer.rank_spans  # the loader asks it for each batch, four ahead
+
+    def slow(*arguments):
+        for span in make(*arguments):
+            time.sleep(0.1)
+            yield span
+
+    monkeypatch.setattr("nanomai.data.rank_spans", slow)
+    result = train(tiny(), show=False)
+    assert max(row["tokens_per_second"] for row in rows(result.run_dir)[:6]) < tiny().train.batch_tokens / 0.09
+
+
+def test_a_kill_in_the_last_evaluation_loses_nothing(monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "evaluate", killed)
+        train(tiny(), show=False)
+    again = train(tiny(train__resume=True), show=False)
+    assert again.finished and again.steps == 12 and len(curve("runs/tiny")) == 12
 
 
 def test_no_terminal_output_where_none_is_wanted(capsys):
@@ -366,11 +422,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_run(what):
+def test_what_cannot_be_run(what, here):
     settings, kind, message = REFUSED[what]
     with pytest.raises(kind) as error:
         train(tiny(**settings), show=False)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert not list(here.glob("runs/*")), "a refused run leaves no folder"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from nanomai.config import ConfigError
 from nanomai.parallel.mesh import Mesh, RankFailed
 
 A_DAY = 86_400.0  # as long as rank 0 may prepare data while the others wait; a rank that dies is noticed at once
@@ -30,6 +31,8 @@ def process_group(device_type: str = "cpu", timeout_s: float = A_DAY) -> Iterato
     if world_size == 1:
         yield Mesh()
         return
+    if "RANK" not in os.environ:
+        raise ConfigError(f"WORLD_SIZE is {world_size} and RANK is not set; start with torchrun, or unset WORLD_SIZE")
     mesh = Mesh(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")))
     joined_here = not dist.is_initialized()
     if joined_here:
@@ -57,7 +60,8 @@ class StopSignal:
 
     ONE_REQUEST = 2.0  # seconds: torchrun hands on the Ctrl-C that the terminal has already sent to every rank
 
-    def __init__(self):
+    def __init__(self, tell: bool = False):
+        self.tell = tell  # the person who asked: a step may take long to end
         self.name: str | None = None
         self.asked = 0.0
 
@@ -73,6 +77,8 @@ class StopSignal:
     def _ask(self, number: int, frame) -> None:
         if self.name is None:
             self.name, self.asked = signal.Signals(number).name, time.monotonic()
+            if self.tell:
+                os.write(2, b"\nfinishing this step and saving; once more stops at once, without saving\n")
         elif time.monotonic() - self.asked > self.ONE_REQUEST:
             raise KeyboardInterrupt
 
