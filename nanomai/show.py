@@ -25,15 +25,15 @@ def lesson() -> None:
     plt.rcParams.update(STYLE)
 
 
-def exercise(check: Callable[[Callable], None]) -> Callable[[Callable], bool]:
+def exercise(check: Callable[[Callable], None]) -> Callable[[Callable], None]:
     """Makes of `check(answer)`, which asserts with a message what is wrong, a check that prints and never raises.
 
-    Prints "not solved yet" for a stub that raises NotImplementedError, "correct", or what is wrong; returns whether
-    the answer is right.
+    Prints "not solved yet" for a stub that raises NotImplementedError, "correct", or what is wrong. Returns nothing,
+    so that a notebook shows the verdict alone.
     """
 
     @functools.wraps(check)
-    def run(answer: Callable) -> bool:
+    def run(answer: Callable) -> None:
         try:
             check(answer)
         except NotImplementedError:
@@ -44,8 +44,6 @@ def exercise(check: Callable[[Callable], None]) -> Callable[[Callable], bool]:
             print(f"not yet: your code raised {type(error).__name__}: {error}")
         else:
             print("correct")
-            return True
-        return False
 
     return run
 

@@ -10,11 +10,9 @@
 # **You will be able to**
 # - write causal attention with heads from memory, and say why each part is
 #   there;
-# - explain the $1/\sqrt K$ with a formula, a plot, and a gradient that
-#   vanishes without it;
-# - read an attention map, and build by hand two heads that continue a
-#   repeated text;
-# - pack documents into one row, and limit the view to a window.
+# - explain the $1/\sqrt K$: what grows without it, and what vanishes;
+# - read an attention map, and build two heads that continue a repeated text;
+# - pack documents into one row, and limit the view.
 
 # %%
 import math
@@ -35,15 +33,15 @@ generator = torch.Generator().manual_seed(3)
 # %% [markdown]
 # ## 1 A dictionary that is never sure
 #
-# A Python dictionary compares your key with its own keys and gives the value
-# of the one that is equal. Numbers learned by gradient descent are never quite
-# equal, and "equal or not" has no slope to descend. So we soften it: score the
-# query against every key by a dot product, turn the scores into weights with a
-# softmax, and return the weighted mean of all values.
+# A Python dictionary compares your key with its own and gives the value of the
+# one that is equal. Learned numbers are never quite equal, and "equal or not"
+# has no slope for gradient descent. So we soften it: score the query against
+# every key by a dot product, turn the scores into weights with a softmax, and
+# return the weighted mean of all values. Below, $S$ keys have $K$ numbers each.
 
 # %%
 keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])  # (S, K)
-values = torch.tensor([10.0, 20.0, 30.0])  # (S,)
+values = torch.tensor([10.0, 20.0, 60.0])  # (S,)
 query = torch.tensor([0.0, 4.0])  # (K,): it asks for the second key
 
 weights = (keys @ query).softmax(-1)  # (S,)
@@ -52,16 +50,17 @@ print("answer ", round((weights @ values).item(), 2))
 assert weights.argmax() == 1 and abs(weights.sum() - 1) < 1e-6
 
 # %% [markdown]
-# In a language model every position $i$ sends a query $q_i$ and offers a key
-# $k_i$ and a value $v_i$, all made from its own vector. Position $i$ may read
-# only positions $j \le i$, because the later ones are what the model has to
-# predict. With $K$ numbers in a query,
+# About 20: the other two values have a small say. In a language model each of
+# $T$ positions sends a query $q_i$ and offers a key $k_i$ and a value $v_i$,
+# all made from its own vector. Position $i$ may read only positions $j \le i$,
+# because the later ones are what the model has to predict. Section 2 explains
+# the $\sqrt K$ in
 #
 # $$y_i = \sum_{j \le i} p_{ij} v_j, \qquad
 #   p_{ij} = \frac{e^{q_i \cdot k_j / \sqrt K}}
 #                 {\sum_{l \le i} e^{q_i \cdot k_l / \sqrt K}}.$$
 #
-# Here it is as loops, so plain that there is nothing to hide in.
+# Here it is as plain loops.
 
 # %%
 def attention_loops(q, k, v):
@@ -81,10 +80,9 @@ looped = attention_loops(q, k, v)
 print("out", tuple(looped.shape))
 
 # %% [markdown]
-# The same thing as three matrix operations. All scores come from one product;
-# the forbidden ones become $-\infty$, which the exponential turns into an
-# exact zero. The mask must come *before* the softmax, so that each row of
-# weights still sums to one over what it is allowed to see.
+# The same with matrices. All scores come from one product; the forbidden ones
+# become $-\infty$, which the exponential turns into zero. The mask must come
+# *before* the softmax, so that each row of weights still sums to one.
 
 # %%
 def attention_matrix(q, k, v):
@@ -101,54 +99,45 @@ print("matrices equal loops:", tuple(looped.shape))
 
 # %% [markdown]
 # "May not read the future" can be tested without looking at the code: change
-# the last token, and no earlier output may move.
+# the key and the value of the last token, and no earlier output may move.
 #
 # > **Predict.** Someone forgets the mask. How many of the first six outputs
-# > change when only the last token does?
+# > move when only the last token changes?
 
 # %%
-def moved(attend):
-    """How many outputs before the last feel a change of the last token."""
-    k2, v2 = k.clone(), v.clone()
-    k2[-1] += 1
-    v2[-1] += 1
-    change = (attend(q, k, v) - attend(q, k2, v2)).abs().amax(-1)  # (T,)
-    return (change[:-1] > 1e-6).sum().item()
-
-
 def without_mask(q, k, v):
     return (q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
+last = torch.zeros(T, K)
+last[-1] = 1  # added to keys and values, it changes the last token only
 for attend in (attention_matrix, without_mask):
+    change = attend(q, k + last, v + last) - attend(q, k, v)  # (T, K)
+    moved = (change[:-1].abs().amax(-1) > 1e-6).sum().item()
     try:
-        assert moved(attend) == 0, "it reads the future"
+        assert moved == 0, f"it reads the future, {moved} of {T - 1} moved"
         print(f"{attend.__name__}: causal")
     except AssertionError as error:
-        print(f"{attend.__name__}: {type(error).__name__}: {error},",
-              moved(attend), "of 6 moved")
+        print(f"{attend.__name__}: {type(error).__name__}: {error}")
 
 # %% [markdown]
 # All six: a softmax over everything gives every row some weight on the last
-# token. In training such a model would reach a wonderful loss by copying the
-# answer, and would be worthless at generating. A loss that is too good is the
-# usual sign of a lost mask.
+# token. Such a model would reach a wonderful training loss by copying the
+# answer, and be worthless at generating.
 #
 # ## 2 Why divide by $\sqrt K$?
 #
-# Suppose the numbers of $q$ and $k$ are independent with mean 0 and variance 1
-# (a normalised input times a matrix with entries of variance $1/D$ gives just
-# that). Then $q \cdot k$ is a sum of $K$ products, each of variance 1, so its
-# standard deviation is $\sqrt K$. We measure it.
+# Suppose the numbers of $q$ and $k$ are independent with mean 0 and variance 1.
+# Then so is each product $q_a k_a$. Variances of independent terms add, so the
+# sum of $K$ products has a standard deviation of $\sqrt K$. We measure it.
 
 # %%
 sizes = [4, 16, 64, 256, 1024]
 theory = torch.tensor(sizes).sqrt()
-spread = []
-for K_ in sizes:
+spread = torch.zeros(len(sizes))
+for n, K_ in enumerate(sizes):
     a, b = torch.randn(2, 4096, K_, generator=generator)
-    spread.append((a * b).sum(-1).std())
-spread = torch.stack(spread)
+    spread[n] = (a * b).sum(-1).std()
 assert_close(spread, theory, rtol=0.05, atol=0)
 
 plt.loglog(sizes, theory, "k--", lw=1, base=2, label=r"theory: $\sqrt{K}$")
@@ -162,72 +151,75 @@ plt.show()
 
 # %% [markdown]
 # Why is a large spread bad? The derivative of a softmax is
-# $\partial p_i / \partial s_j = p_i(\delta_{ij} - p_j)$. If one weight is
-# nearly 1 and the others nearly 0, every entry is nearly 0: no gradient gets
-# back to the scores, so queries and keys cannot learn. The size of that
-# matrix has a closed form,
-# $\|J\|_F^2 = \sum p^2 - 2\sum p^3 + (\sum p^2)^2$.
+# $\partial p_i/\partial s_j = p_i(\delta_{ij} - p_j)$, where $\delta_{ij}$ is 1
+# if $i = j$ and else 0. If one weight is nearly 1 and the others nearly 0,
+# this whole matrix is nearly 0: no gradient gets back to the scores, and
+# queries and keys cannot learn. Its size (the root of the summed squares) says
+# how much gets through.
 #
-# > **Predict.** A query looks at 64 keys with $K = 1024$, unscaled. How large
-# > is the largest weight of a typical row, and how many times smaller is its
-# > gradient than with the scale?
+# > **Predict.** A query looks at 64 keys with $K = 1024$, unscaled: the scores
+# > have a standard deviation of 32. How large is the largest weight of a
+# > typical row? How many times smaller is the matrix than with the scale?
 
 # %%
-def gradient_size(scores):
-    """Of dp/ds, row by row: by autograd, and by the closed form."""
-    one_row = torch.func.jacrev(lambda s: s.softmax(-1))
-    matrices = torch.func.vmap(one_row)(scores)  # (N, S, S)
+def slopes(scores):
+    """Every dp_i / ds_j of the softmax of one row: (S,) -> (S, S)."""
     p = scores.softmax(-1)
-    p2, p3 = p.pow(2).sum(-1), p.pow(3).sum(-1)
-    closed = (p2 - 2 * p3 + p2 * p2).clamp_min(0).sqrt()
-    return matrices.norm(dim=(-1, -2)), closed
+    return p.diag() - torch.outer(p, p)
 
 
-found = {"unscaled": [], "scaled": []}
-for K_ in sizes:
-    a = torch.randn(256, 1, K_, generator=generator).double()
-    b = torch.randn(256, 64, K_, generator=generator).double()
-    s = (a * b).sum(-1)  # (256, 64): 256 queries, 64 keys each
-    for name, scores in (("unscaled", s), ("scaled", s / math.sqrt(K_))):
-        rows = (scores.softmax(-1).max(-1).values, *gradient_size(scores))
-        found[name].append([row.median().item() for row in rows])
-found = {name: torch.tensor(rows).T for name, rows in found.items()}
+row = torch.randn(64, generator=generator)
+by_autograd = torch.autograd.functional.jacobian(lambda s: s.softmax(-1), row)
+assert_close(slopes(row), by_autograd)
+print("formula equals autograd:", tuple(by_autograd.shape))
+
+# %%
+found = torch.zeros(2, 2, len(sizes))  # (unscaled | scaled, weight | slope)
+for n, K_ in enumerate(sizes):
+    queries = torch.randn(256, 1, K_, generator=generator)
+    keys = torch.randn(256, 64, K_, generator=generator)
+    s = (queries * keys).sum(-1)  # (256, 64): 256 queries, 64 keys each
+    for i, scores in enumerate((s, s / math.sqrt(K_))):
+        found[i, 0, n] = scores.softmax(-1).amax(-1).median()
+        size = torch.stack([slopes(row).norm() for row in scores])
+        found[i, 1, n] = size.median()
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8),
                                      layout="constrained")
-for name, (largest, size, closed) in found.items():
-    left.plot(sizes, largest, "o-", label=name)
-    right.semilogy(sizes, size, "o", label=f"{name}, autograd")
-    right.semilogy(sizes, closed, "k--", lw=1)
-    assert_close(size, closed, rtol=1e-3, atol=1e-6)
+for (weight, slope), name in zip(found, ("unscaled", "scaled"), strict=True):
+    left.plot(sizes, weight, "o-", label=name)
+    right.loglog(sizes, slope, "o-", label=name)
 left.axhline(1 / 64, color="k", ls=":", lw=1, label="uniform: 1/64")
-right.plot([], [], "k--", lw=1, label="closed form")
-left.set(xlabel="K (log axis)", ylabel="largest weight, median row")
-right.set(xlabel="K (log axis)",
-          ylabel=r"gradient size $\|J\|_F$, median row (log axis)")
+right.axhline(slopes(torch.zeros(64)).norm(), color="k", ls=":", lw=1,
+              label="at uniform weights")
+left.set(ylabel="largest weight, median row")
+right.set(ylabel=r"$\|\partial p/\partial s\|$, median row (log axis)")
 for axes in (left, right):
     axes.set_xscale("log", base=2)
+    axes.set_xlabel("numbers in a query, K (log axis)")
     axes.legend()
 plt.show()
 
-steady = found["scaled"][1]
-assert found["unscaled"][0][-1] > 0.99 and steady.max() / steady.min() < 1.2
-assert found["unscaled"][1][-1] < steady[-1] / 100
-print("K = 1024: largest weight > 0.99, gradient > 100 times smaller")
+weight, slope = found.unbind(1)  # (2, sizes) each: unscaled, scaled
+assert weight[0, -1] > 0.99 and slope[1].max() / slope[1].min() < 1.2
+assert slope[0, -1] < slope[1, -1] / 100
+print("K = 1024: largest weight > 0.99, slopes > 100 times smaller")
 
 # %% [markdown]
-# The surprise is how sudden it is. With the scale, nothing depends on $K$;
-# without it, a head of 64 numbers still learns and one of 1024 has all but
-# stopped before its first step.
+# With the scale, nothing depends on $K$. Without it, small heads get even more
+# gradient, and then comes a cliff: a head of 64 numbers still learns, one of
+# 1024 has all but stopped before its first step. Real heads, with 64 to 128,
+# would stand at the edge.
 #
 # ## 3 Heads: several questions at once
 #
 # One softmax gives one weighted mean. A position that needs the subject *and*
-# the verb would get a blur of both. So the layer asks $H$ questions in
-# parallel: head $h$ has its own slice of $K$ numbers in the query, key and
-# value, and the output matrix adds up what the heads found. First as a loop
-# over heads; weights are stored `(out, in)`, as in `torch.nn.Linear`.
+# the verb would get a blur. So the layer asks $H$ questions in parallel: head
+# $h$ has its own slice of $K$ numbers in query, key and value, and the output
+# matrix adds up what the heads found. The input is $B$ texts of $T$ tokens,
+# each a vector of $D$ numbers. First a loop over heads; weights are stored
+# `(out, in)`, as in `torch.nn.Linear`.
 
 # %%
 B, T, D, H, K = 2, 9, 24, 4, 8  # H K = 32 need not be D
@@ -250,23 +242,21 @@ looped = layer_loop(x, wq, wk, wv, wo)
 print("in", tuple(x.shape), "-> out", tuple(looped.shape))
 
 # %% [markdown]
-# Without the loop: one big product, then a *view* that splits the last
-# dimension into heads, then a *transpose* that makes the head a batch
-# dimension. Forgetting the transpose is a classic mistake, because
+# Without the loop: one big product, a *view* that splits the last dimension
+# into heads, a *transpose* that makes the head a batch dimension; at the end,
+# the way back. Leaving out the transposes is a classic mistake, because
 # `view(B, H, T, K)` has the right shape too.
 #
-# > **Predict.** Is the layer without the transpose still causal? And is it
-# > still right?
+# > **Predict.** Is the layer without the transposes still causal? Is it right?
 
 # %%
 def layer_batched(x, transpose=True):
-    def split(y):  # (B, T, H K) -> (B, H, T, K)
-        if transpose:
-            return y.view(B, T, H, K).transpose(1, 2)
-        return y.view(B, H, T, K)  # the right shape, the wrong numbers
-
-    y = attention_matrix(*(split(x @ w.T) for w in (wq, wk, wv)))
-    y = y.transpose(1, 2) if transpose else y  # -> (B, T, H, K)
+    q, k, v = (x @ w.T for w in (wq, wk, wv))  # (B, T, H K) each
+    if transpose:
+        heads = (y.view(B, T, H, K).transpose(1, 2) for y in (q, k, v))
+        y = attention_matrix(*heads).transpose(1, 2)  # (B, T, H, K)
+    else:  # the right shape, the wrong numbers
+        y = attention_matrix(*(y.view(B, H, T, K) for y in (q, k, v)))
     return y.reshape(B, T, H * K) @ wo.T
 
 
@@ -274,7 +264,7 @@ assert_close(layer_batched(x), looped)
 try:
     assert_close(layer_batched(x, transpose=False), looped)
 except AssertionError as error:
-    print("without the transpose:", type(error).__name__)
+    print("without the transposes:", type(error).__name__)
 changed = x.clone()
 changed[:, -1] += 1
 assert_close(layer_batched(changed, transpose=False)[:, :-1],
@@ -282,16 +272,17 @@ assert_close(layer_batched(changed, transpose=False)[:, :-1],
 print("... and yet it is causal")
 
 # %% [markdown]
-# It is causal and wrong: each "head" now sees its own short stretch of the
-# text. Testing one property is no substitute for equality with something
-# plain, so that is how this project tests every operation.
+# It is causal and wrong: each of the four "heads" sees only its own quarter of
+# the text. Testing one property is no substitute for equality with a plain
+# version, which is how this project tests its operations.
 #
 # ## 4 The same as the package
 #
 # `nanomai.ops.attention` takes the heads after the split, `(B, H, T, K)`, and
-# is causal where it is given no mask. We compare it, and torch's own fused
-# call, with ours. Values alone would not do: training runs on gradients, so
-# we pull one fixed upstream gradient through each.
+# is causal where it is given no mask. We compare it, its plain definition
+# (which it calls for small inputs on a CPU), and torch's own fused call with
+# ours. Values alone would not do, since training runs on gradients: we choose
+# a gradient at the output, and let autograd pull it back to the inputs.
 
 # %%
 def value_and_gradients(f, *inputs):
@@ -313,9 +304,9 @@ assert_close(value_and_gradients(torch_attention, q, k, v), ours)
 print("values, and gradients of q, k, v: equal in all three")
 
 # %% [markdown]
-# And the whole layer: `nanomai.model.Attention` with our weights copied in.
-# Its last two arguments are the rotary table, which is the subject of the next
-# notebook, and the mask.
+# And the whole layer: `functional_call` runs `nanomai.model.Attention` with
+# our weights. Its last two arguments are the rotary table, which the next
+# notebook explains, and the mask.
 
 # %%
 config = nanomai.ModelConfig(d_model=D, n_heads=H, n_kv_heads=H, head_dim=K)
@@ -336,13 +327,14 @@ print("output and", len(inputs), "gradients equal")
 # %% [markdown]
 # ## 5 Two heads that continue a repeated text
 #
-# What can a look-up like this compute? Here is the best understood example, an
-# *induction head* (Olsson et al. 2022): find where the current word stood
-# before, and say what came next. It takes two heads, one in each of two layers,
-# and we can set them by hand. Words and positions are one-hot vectors. Head 1
-# at position $i$ asks for position $i - 1$ and fetches the word there. Head 2
-# asks with its own word, and offers as its key the word *before* it, which is
-# what head 1 has just written.
+# What can such a look-up compute? A well understood example is the *induction
+# head* (Olsson et al. 2022): find where the current word stood before, and say
+# what came next. It takes two heads, one in each of two layers. Training finds
+# them by itself; we set them by hand, with one-hot words and positions.
+#
+# - Head 1: position $i$ asks for position $i - 1$ and fetches the word there.
+# - Head 2: each position asks with its own word. It offers as key the word
+#   *before* it, which head 1 has just fetched, and as value its own word.
 
 # %%
 text = "<start> the red fox met the old owl . the red fox met the old owl ."
@@ -355,7 +347,7 @@ place = torch.eye(N)  # (N, N)
 
 def head(q, k, v, sharpness=20.0):
     """One sharp head through the package's attention."""
-    q = q * sharpness * math.sqrt(q.shape[-1])  # undo the scale
+    q = q * sharpness * math.sqrt(q.shape[-1])  # a match scores 20, not 1
     return ops.attention(*(z[None, None] for z in (q, k, v)))[0, 0]
 
 
@@ -365,11 +357,11 @@ answer = head(word, previous_word, word)  # (N, V): weights over words
 print("words", N, "answer", tuple(answer.shape))
 
 # %% [markdown]
-# With the identity as values, attention returns its own weights: that is the
-# attention map, row $i$ showing what position $i$ reads.
+# With the identity as values, attention returns its own weights. This is the
+# attention map: row $i$ shows what position $i$ reads.
 #
-# > **Predict.** In the second sentence seven words have a successor. For how
-# > many of them is the successor named with certainty?
+# > **Predict.** In the second sentence seven words have a successor. After how
+# > many of them does head 2 name the right one with certainty?
 
 # %%
 maps = {"head 1: the position before": head(before, place, place),
@@ -396,18 +388,20 @@ for i in range(9, N - 1):
 assert sum(sure) == 5 and second[10, 3] > 0.99
 
 # %% [markdown]
-# Five of seven. The stripe in the lower half of the second map is the copying
-# itself. Where the word is "the", two or three places match equally well and
-# the softmax can only return their mean: one word of context is not enough.
-# The pale triangle in the upper half is just as telling: a softmax cannot
-# answer "nothing found", so a query without a match reads everything a little.
+# Five of seven. The stripe in the lower half of the second map is the copying.
+# After "the", two or three places match equally well and the softmax can only
+# return their mean: one word of context is not enough. The pale rows are as
+# telling: a softmax cannot answer "nothing found", so a query without a
+# match reads everything a little.
 #
 # ## 6 Who may read whom
 #
-# The mask is a table of permissions, and causality is only the commonest one.
-# Training rows are packed with several documents, and each must not read its
-# neighbour. A sliding window lets a position see only the last few, which
-# bounds the cost. `ops.attention_mask` builds them all from positions.
+# The mask is a table of permissions, and causality is only the commonest rule.
+# Training rows are packed with several documents, and none may read its
+# neighbour. A sliding window shows a position only the last few, which bounds
+# the cost. `ops.attention_mask` makes them all from positions and document
+# numbers. We count the permitted pairs: $N(N+1)/2$ in a triangle, at most $w$
+# a row in a window of $w$.
 
 # %%
 N = 12
@@ -419,28 +413,26 @@ masks = {
     "two documents": ops.attention_mask(at, at, None, document, document),
     "both": ops.attention_mask(at, at, 4, document, document),
 }
-figure, panels = plt.subplots(1, 4, figsize=(11, 3.1), layout="constrained")
-for axes, (title, mask) in zip(panels, masks.items(), strict=True):
-    axes.imshow(mask.view(N, N), cmap="Greys", vmin=0, vmax=1.6)
-    axes.set(title=title, xlabel="key position", xticks=range(0, N, 3),
-             yticks=range(0, N, 3))
+count = [mask.sum().item() for mask in masks.values()]
+print(dict(zip(masks, count, strict=True)))
+assert count[:3] == [N * (N + 1) // 2, 1 + 2 + 3 + 4 * (N - 3),
+                     5 * 6 // 2 + 7 * 8 // 2]
+
+# %%
+figure, panels = plt.subplots(1, 4, figsize=(11, 3.3), layout="constrained")
+for axes, title, n in zip(panels, masks, count, strict=True):
+    axes.imshow(masks[title].view(N, N), cmap="Greys", vmin=0, vmax=1.6)
+    axes.set(title=f"{title}: {n} pairs", xlabel="key position",
+             xticks=range(0, N, 3), yticks=range(0, N, 3))
     axes.grid(False)
-panels[0].set_ylabel("query position")
+panels[0].set_ylabel("query position (grey: may read)")
 plt.show()
 
 # %% [markdown]
-# We count the permissions. Causal allows $N(N+1)/2$ pairs; a window of $w$
-# allows at most $w$ a row; two documents are two smaller triangles. Then the
-# claim that matters for packing: a packed row gives exactly what each document
-# gives alone, in values and in gradients.
+# For packing one claim matters: a packed row gives what each document gives
+# alone, in values and in gradients.
 
 # %%
-count = {title: mask.sum().item() for title, mask in masks.items()}
-print(count)
-assert count["causal"] == N * (N + 1) // 2
-assert count["window of 4"] == sum(min(i + 1, 4) for i in range(N))
-assert count["two documents"] == 5 * 6 // 2 + 7 * 8 // 2
-
 q, k, v = torch.randn(3, 1, H, N, K, generator=generator)
 
 
@@ -458,38 +450,17 @@ assert_close(value_and_gradients(packed, q, k, v),
 print("packed equals separate, values and gradients")
 
 # %% [markdown]
-# A window does not make a model forget after $w$ words, because layers stack:
-# each layer reaches $w - 1$ positions further back through the one below. The
-# gradient shows it: count the inputs from which the last output gets anything.
-
-# %%
-def reach(layers, window, n=40):
-    """Inputs that the last of n outputs depends on."""
-    x = torch.randn(1, 1, n, 4, generator=generator).requires_grad_()
-    positions = torch.arange(n)
-    mask = ops.attention_mask(positions, positions, window)
-    y = x
-    for _ in range(layers):
-        y = ops.attention(y, y, y, mask)
-    (gradient,) = torch.autograd.grad(y[0, 0, -1].sum(), x)
-    return (gradient.abs().sum(-1) > 0).sum().item()
-
-
-reached = [reach(layers, window=4) for layers in (1, 2, 3, 6)]
-print("layers 1, 2, 3, 6 reach", reached, "positions")
-assert reached == [1 + layers * (4 - 1) for layers in (1, 2, 3, 6)]
-
-# %% [markdown]
 # ## 7 Exercises
 #
-# **1 · A sliding window.** Write the mask from two position vectors: True
-# where query position $m$ may read key position $n$, that is, where
-# $0 \le m - n < w$. The positions need not start at zero, nor be equally many.
+# **1 · A sliding window.** Write the mask from two position vectors: a tensor
+# of booleans `(queries, keys)`, True where $0 \le m - n < w$ for query position
+# $m$ and key position $n$. Positions need not start at zero, nor be equally
+# many.
 #
 # <details><summary>Hint</summary>
 #
-# Two broadcasts: `query[:, None]` against `key[None, :]` gives every
-# difference at once. A window of 1 sees only itself.
+# `query[:, None]` against `key[None, :]` gives every difference at once. A
+# window of 1 sees only itself.
 #
 # </details>
 #
@@ -518,12 +489,11 @@ def window_mask(query_positions, key_positions, window):
 check_window_mask(window_mask)
 
 # %% [markdown]
-# **2 · ALiBi** (Press et al. 2021) tells attention about distance without
-# any rotation: it adds $-m_h (i - j)$ to the scaled score of query $i$ and key
-# $j$, with a fixed slope $m_h$ for each head. With $H$ heads ($H$ a power of
-# two) the slopes are $2^{-8/H}, 2^{-16/H}, \dots, 2^{-8}$. Return the bias
-# `(H, T, T)`. What stands above the diagonal is masked later, so it may be
-# anything finite.
+# **2 · ALiBi** (Press et al. 2021) makes distant keys count less: it adds
+# $-m_h (i - j)$ to the scaled score of query $i$ and key $j$, with a fixed
+# slope $m_h$ for each head. With $H$ heads ($H$ a power of two) the slopes are
+# $2^{-8/H}, 2^{-16/H}, \dots, 2^{-8}$. Return the bias `(H, T, T)`. What stands
+# above the diagonal is masked later, so it may be anything finite.
 #
 # <details><summary>Hint</summary>
 #
@@ -552,9 +522,10 @@ def alibi_bias(n_heads, length):
 check_alibi_bias(alibi_bias)
 
 # %% [markdown]
-# **3 · Heads have no order.** Return new weights in which head $h$ is the old
-# head `order[h]`, such that the layer computes the same function. Weights are
-# `(out, in)`: `wq`, `wk`, `wv` are $(HK, D)$ and `wo` is $(D, HK)$.
+# **3 · Heads have no order.** Return four new weights in which head $h$ is the
+# old head `order[h]` (`order` is a list), such that the layer computes the same
+# function. Weights are `(out, in)`: `wq`, `wk`, `wv` are $(HK, D)$ and `wo` is
+# $(D, HK)$.
 #
 # <details><summary>Hint</summary>
 #
@@ -586,9 +557,9 @@ check_permute_heads(permute_heads)
 # ## 8 At 500B
 #
 # `mai-1-dense` is this project's own proposal for a model of the size that was
-# reported for MAI-1; the architecture of MAI-1 itself was never published.
-# Two costs of attention can be read off it. The first is memory: the scores of
-# one layer form a $(H, T, T)$ array for each sequence.
+# reported for MAI-1, whose architecture was never published. It has 120 layers
+# of 144 heads with 128 numbers each. Attention costs memory first: the scores
+# of one layer form a $(H, T, T)$ array for each sequence.
 #
 # > **Predict.** How many of the 80 GB of an H100 would the scores of one
 # > layer take, for one sequence of 8,192 tokens at 2 bytes a score?
@@ -596,8 +567,10 @@ check_permute_heads(permute_heads)
 # %%
 big = nanomai.load_config("mai-1-dense").model
 T = big.context_length
-score_bytes = big.n_heads * T * T * 2
-vector_bytes = 2 * T * big.head_dim * (2 * big.n_heads + 2 * big.n_kv_heads)
+score_bytes = 2 * big.n_heads * T * T
+# keys and values are shared among heads: the next notebook explains how
+heads = 2 * big.n_heads + 2 * big.n_kv_heads  # q and output, k and v
+vector_bytes = 2 * heads * T * big.head_dim
 print(f"{big.n_layers} layers, {big.n_heads} heads of {big.head_dim}, T {T}")
 print(f"scores, one layer:     {score_bytes / 1e9:6.1f} GB")
 print(f"q, k, v and the output:{vector_bytes / 1e9:6.1f} GB")
@@ -606,41 +579,43 @@ assert score_bytes // vector_bytes == 30
 assert 19 < score_bytes / 1e9 < 20
 
 # %% [markdown]
-# A quarter of the card, for one layer of one sequence, and 30 times more than
-# what goes in and comes out. The next notebook gets rid of it. The second
-# cost is arithmetic, which grows as $T^2$ for a sequence and therefore as $T$
-# for each token.
+# A quarter of the card, for one layer of one sequence, and 30 times as much as
+# goes in and comes out.
+#
+# The second cost is arithmetic, in FLOPs (one addition or multiplication). In
+# training a weight costs 6 a token: multiply and add, once forward, twice
+# backward. By the same count $q \cdot k$ and $p\,v$ cost $6\,THK$ a layer, as a
+# token sees $T/2$ keys on average. A layer has 4.1 billion weights, and
+# $HK = 18{,}432$.
 #
 # > **Predict.** At 8,192 tokens, what share of the training arithmetic is
 # > attention's two products? At what length is it half?
 
 # %%
-def pair_flops(T):
-    """Of one training token in attention's products, T / 2 keys seen."""
+def product_flops(T):
+    """Of one training token in attention's two products, all layers."""
     return 6 * big.n_layers * T * big.n_heads * big.head_dim
 
 
 lengths = [2**n for n in range(10, 21)]
-share = [100 * pair_flops(T) / big.flops_per_token(T) for T in lengths]
-weights = big.flops_per_token(1) - pair_flops(1)  # the matrices' part
-half = weights / pair_flops(1)
+share = [100 * product_flops(T) / big.flops_per_token(T) for T in lengths]
+half = big.flops_per_token(1) / product_flops(1) - 1  # weights / products
 print(f"at 8,192 tokens {share[3]:.1f} %, half at {half / 1e3:.0f} thousand")
 assert lengths[3] == 8192 and 3 < share[3] < 4 and 2**17 < half < 2**18
 
 plt.semilogx(lengths, share, "o-", base=2)
-plt.axvline(8192, color="k", ls=":", lw=1)
-plt.text(9000, 80, "8,192", fontsize=9)
-plt.axhline(50, color="k", ls="--", lw=1)
-plt.text(9000, 52, f"half, at {half / 1e3:.0f} thousand", fontsize=9)
+plt.axvline(8192, color="k", ls=":", lw=1, label="8,192 tokens")
+plt.axhline(50, color="k", ls="--", lw=1, label="half")
 plt.xlabel("tokens in a sequence, T (log axis)")
 plt.ylabel("attention's share of FLOPs (%)")
 plt.title("mai-1-dense (our proposal), training")
+plt.legend()
 plt.show()
 
 # %% [markdown]
 # Three and a half percent. The famous quadratic cost is no obstacle to
-# *arithmetic* at this length, since a model this wide spends nearly everything
-# in its weight matrices. What hurts first is memory and the bytes moved.
+# *arithmetic* at this length: a model this wide spends nearly everything in its
+# weight matrices. What hurts first is memory and the bytes moved.
 #
 # ## What to keep
 #
@@ -648,10 +623,10 @@ plt.show()
 # 2. $1/\sqrt K$ keeps the scores' spread at one, so that gradients survive.
 # 3. The mask is a table of permissions; heads ask several questions at once.
 #
-# **Real systems** never store the scores (next notebook); skip the masked
-# half of the work; often normalise queries and keys as well (QK-norm); some
-# scale by $1/K$ when width changes (muP), and some give the softmax a place
-# for "nothing found" (an attention sink).
+# **Real systems** avoid storing the scores (next notebook) and skip the masked
+# half of the work. Many normalise queries and keys as well (QK-norm), some
+# scale by $1/K$ (muP), and some give the softmax a place for "nothing found"
+# (an attention sink).
 #
 # **Read on.** The code: [`nanomai/ops.py`](../nanomai/ops.py) (`attention`,
 # `attention_mask`) and [`nanomai/model.py`](../nanomai/model.py)
@@ -661,6 +636,6 @@ plt.show()
 # [ALiBi](https://arxiv.org/abs/2108.12409),
 # [sliding windows in Mistral](https://arxiv.org/abs/2310.06825).
 #
-# **Next:** `04_rope_gqa_flash`. Attention itself does not know the *order* of
-# the past: section 5 had to hand it one-hot positions. We mend that, and make
-# the 19 GB vanish.
+# **Next:** `04_rope_gqa_flash`. Does attention know the *order* of the past?
+# Section 5 had to hand it one-hot positions. We mend that, and make the 19 GB
+# vanish.

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -202,3 +203,17 @@ def test_the_file_is_readable_by_a_person():
     text = to_yaml(load_config("mai-1-dense"))
     assert text.splitlines()[:3] == ["name: mai-1-dense", "model:", "  n_layers: 120"]
     assert "biases: []" in text
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_is_complete(path):
+    """Whoever reads it sees the whole architecture and recipe; only what is off by default may be left out."""
+    written, off = yaml.safe_load(path.read_text()), {"sliding_window", "biases"}
+    expected = {field.name for field in dataclasses.fields(ModelConfig)} - off
+    if written["model"]["position"] == "learned":
+        expected.remove("rope_theta")
+    assert expected <= set(written["model"])
+    assert {"corpus", "tokenizer", "val_fraction"} <= set(written["data"])
+    recipe = {"name", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip"}
+    assert recipe <= set(written["optim"])
+    assert {"steps", "batch_tokens", "eval_every", "checkpoint_every"} <= set(written["train"])

@@ -1,24 +1,11 @@
 """The checks of `notebooks/03_attention` take its own solutions, and reject what a learner may well write instead."""
 
-import re
-from pathlib import Path
-
-import pytest
 import torch
+from exercise_checks import exercise_tests, printed_solutions
 
 from nanomai.exercises import attention as checks
 
-HALF = Path(__file__).resolve().parent.parent / "notebooks" / "03_attention.py"
-
-
-def solutions() -> dict:
-    """Every function in the fenced blocks of the notebook's `<details>`."""
-    prose = "\n".join(line[2:] for line in HALF.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    names = {"torch": torch}
-    for details in re.findall(r"<details>.*?</details>", prose, re.DOTALL):
-        for block in re.findall(r"```python\n(.*?)```", details, re.DOTALL):
-            exec(block, names)
-    return names
+SOLVED = printed_solutions("03_attention", torch=torch)
 
 
 def window_includes_its_edge(query, key, window):
@@ -42,7 +29,7 @@ def alibi_with_slope_from_one(n_heads, length):
 
 
 def alibi_that_rewards_distance(n_heads, length):
-    return -solutions()["alibi_bias"](n_heads, length)
+    return -SOLVED.alibi_bias(n_heads, length)
 
 
 def alibi_with_ratio_one_half(n_heads, length):
@@ -52,13 +39,13 @@ def alibi_with_ratio_one_half(n_heads, length):
 
 
 def permute_without_the_output(wq, wk, wv, wo, order):
-    *rows, _ = solutions()["permute_heads"](wq, wk, wv, wo, order)
+    *rows, _ = SOLVED.permute_heads(wq, wk, wv, wo, order)
     return *rows, wo
 
 
 def permute_by_the_inverse(wq, wk, wv, wo, order):
     inverse = torch.tensor(order).argsort().tolist()
-    return solutions()["permute_heads"](wq, wk, wv, wo, inverse)
+    return SOLVED.permute_heads(wq, wk, wv, wo, inverse)
 
 
 def permute_nothing(wq, wk, wv, wo, order):
@@ -74,24 +61,4 @@ WRONG = {
                       (permute_nothing, "wq: its head h")],
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_the_printed_solution_is_taken(name, capsys):
-    assert getattr(checks, f"check_{name}")(solutions()[name])
-    assert capsys.readouterr().out == "correct\n"
-
-
-@pytest.mark.parametrize("name, answer, message", [(name, *wrong) for name in WRONG for wrong in WRONG[name]])
-def test_a_wrong_answer_is_rejected(name, answer, message, capsys):
-    assert not getattr(checks, f"check_{name}")(answer)
-    said = capsys.readouterr().out
-    assert said.startswith("not yet: ") and message in said, said
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_stub_is_not_solved_yet(name, capsys):
-    def stub(*arguments):
-        raise NotImplementedError
-
-    assert not getattr(checks, f"check_{name}")(stub)
-    assert capsys.readouterr().out == "not solved yet\n"
+TestExercises = exercise_tests(checks, SOLVED, WRONG)

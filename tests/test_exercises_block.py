@@ -1,29 +1,13 @@
 """The checks of `notebooks/05_block_and_model` take its own solutions, and reject what a learner may well write."""
 
-import re
-from pathlib import Path
-
-import pytest
 import torch
+from exercise_checks import exercise_tests, printed_solutions
 from torch import nn
 
 from nanomai import ops
 from nanomai.exercises import block as checks
 
-HALF = Path(__file__).resolve().parent.parent / "notebooks" / "05_block_and_model.py"
-
-
-def solutions() -> dict:
-    """Every function in the fenced blocks of the notebook's `<details>`."""
-    prose = "\n".join(line[2:] for line in HALF.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    names = {"torch": torch, "ops": ops}
-    for details in re.findall(r"<details>.*?</details>", prose, re.DOTALL):
-        for block in re.findall(r"```python\n(.*?)```", details, re.DOTALL):
-            exec(block, names)
-    return names
-
-
-SOLVED = solutions()
+SOLVED = printed_solutions("05_block_and_model", torch=torch, ops=ops)
 
 
 def gradient_with_a_constant_root(x, weight, eps, d_y):
@@ -32,7 +16,7 @@ def gradient_with_a_constant_root(x, weight, eps, d_y):
 
 
 def gradient_without_eps(x, weight, eps, d_y):
-    return SOLVED["rms_norm_gradient"](x, weight, 0.0, d_y)
+    return SOLVED.rms_norm_gradient(x, weight, 0.0, d_y)
 
 
 def gradient_that_sums_for_the_mean(x, weight, eps, d_y):
@@ -42,7 +26,7 @@ def gradient_that_sums_for_the_mean(x, weight, eps, d_y):
 
 
 def gradient_of_one_leading_dimension(x, weight, eps, d_y):
-    d_x, _ = SOLVED["rms_norm_gradient"](x, weight, eps, d_y)
+    d_x, _ = SOLVED.rms_norm_gradient(x, weight, eps, d_y)
     r = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
     return d_x, (d_y * x / r).sum(0)
 
@@ -53,23 +37,23 @@ def flops_of_the_formula(config, t):
 
 def flops_without_the_tied_head(config, t):
     head = 6 * config.vocab_size * config.d_model
-    return SOLVED["flops"](config, t) - (head if config.tied_embeddings else 0)
+    return SOLVED.flops(config, t) - (head if config.tied_embeddings else 0)
 
 
 def flops_with_as_many_keys_as_queries(config, t):
     missing = 6 * config.n_layers * config.d_model * config.head_dim * 2 * (config.n_heads - config.n_kv_heads)
-    return SOLVED["flops"](config, t) + missing
+    return SOLVED.flops(config, t) + missing
 
 
 def flops_always_with_a_gate(config, t):
     missing = 6 * config.n_layers * config.d_model * config.d_ff
-    return SOLVED["flops"](config, t) + (0 if config.activation == "swiglu" else missing)
+    return SOLVED.flops(config, t) + (0 if config.activation == "swiglu" else missing)
 
 
 def flops_with_heads_as_wide_as_the_model(config, t):
     d = config.d_model
     wrong = 12 * config.n_layers * t * (d - config.n_heads * config.head_dim)
-    return SOLVED["flops"](config, t) + wrong
+    return SOLVED.flops(config, t) + wrong
 
 
 def stream_that_keeps_the_mlp_norm(model, x):
@@ -112,40 +96,22 @@ def stream_in_place(model, x):
 
 
 def stream_without_its_start(model, x):
-    return SOLVED["stream_without_norm"](model, x)[1:]
+    return SOLVED.stream_without_norm(model, x)[1:]
 
 
-EXERCISES = {
-    "rms_norm_gradient": (checks.check_rms_norm_gradient, [
-        gradient_with_a_constant_root, gradient_without_eps, gradient_that_sums_for_the_mean,
-        gradient_of_one_leading_dimension]),
-    "flops": (checks.check_flops, [
-        flops_of_the_formula, flops_without_the_tied_head, flops_with_as_many_keys_as_queries,
-        flops_always_with_a_gate, flops_with_heads_as_wide_as_the_model]),
-    "stream_without_norm": (checks.check_stream_without_norm, [
-        stream_that_keeps_the_mlp_norm, stream_that_breaks_the_model, stream_of_branches_side_by_side,
-        stream_in_place, stream_without_its_start]),
+WRONG = {
+    "rms_norm_gradient": [(gradient_with_a_constant_root, "d_x is off"), (gradient_without_eps, "d_x is off"),
+                          (gradient_that_sums_for_the_mean, "d_x is off"),
+                          (gradient_of_one_leading_dimension, "d_weight has shape (3, 5), not (5,)")],
+    "flops": [(flops_of_the_formula, "one plain layer"), (flops_without_the_tied_head, "one plain layer"),
+              (flops_with_as_many_keys_as_queries, "share one key-value head"),
+              (flops_always_with_a_gate, "a GELU MLP"),
+              (flops_with_heads_as_wide_as_the_model, "wider than d_model")],
+    "stream_without_norm": [(stream_that_keeps_the_mlp_norm, "after block 1 the std"),
+                            (stream_that_breaks_the_model, "leave its norms where they are"),
+                            (stream_of_branches_side_by_side, "the std is"),
+                            (stream_in_place, "x itself was changed"),
+                            (stream_without_its_start, "1 blocks give 2 numbers, not 1")],
 }
-WRONG = [(check, answer) for check, answers in EXERCISES.values() for answer in answers]
 
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_the_solution_of_the_notebook_is_taken(name, capsys):
-    check, _ = EXERCISES[name]
-    assert check(SOLVED[name]), capsys.readouterr().out
-
-
-@pytest.mark.parametrize("check, answer", WRONG, ids=[answer.__name__ for _, answer in WRONG])
-def test_a_wrong_answer_is_rejected_with_a_reason(check, answer, capsys):
-    assert not check(answer)
-    said = capsys.readouterr().out
-    assert said.startswith("not yet: ") and "raised" not in said, said
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_a_stub_is_not_solved_yet(name, capsys):
-    def stub(*arguments):
-        raise NotImplementedError
-
-    assert not EXERCISES[name][0](stub)
-    assert capsys.readouterr().out == "not solved yet\n"
+TestExercises = exercise_tests(checks, SOLVED, WRONG)

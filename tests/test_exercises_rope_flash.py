@@ -1,33 +1,20 @@
 """The checks of `notebooks/04_rope_gqa_flash` take its own solutions, and reject what a learner may well write."""
 
-import re
-from pathlib import Path
-
-import pytest
 import torch
+from exercise_checks import exercise_tests, printed_solutions
 
 from nanomai.exercises import rope_flash as checks
 
-HALF = Path(__file__).resolve().parent.parent / "notebooks" / "04_rope_gqa_flash.py"
-
-
-def solutions() -> dict:
-    """Every function in the fenced blocks of the notebook's `<details>`."""
-    prose = "\n".join(line[2:] for line in HALF.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    names = {"torch": torch}
-    for details in re.findall(r"<details>.*?</details>", prose, re.DOTALL):
-        for block in re.findall(r"```python\n(.*?)```", details, re.DOTALL):
-            exec(block, names)
-    return names
+SOLVED = printed_solutions("04_rope_gqa_flash", torch=torch)
 
 
 def score_turned_the_wrong_way(q, k, distance, theta):
-    return solutions()["score_from_distance"](q, k, -distance, theta)
+    return SOLVED.score_from_distance(q, k, -distance, theta)
 
 
 def score_of_neighbouring_pairs(q, k, distance, theta):
     order = [*range(0, len(q), 2), *range(1, len(q), 2)]
-    return solutions()["score_from_distance"](q[order], k[order], distance, theta)
+    return SOLVED.score_from_distance(q[order], k[order], distance, theta)
 
 
 def score_at_one_speed(q, k, distance, theta):
@@ -77,7 +64,7 @@ def merge_without_weights(o1, log1, o2, log2):
 
 
 def merge_that_adds_logarithms(o1, log1, o2, log2):
-    o, _ = solutions()["merge_partials"](o1, log1, o2, log2)
+    o, _ = SOLVED.merge_partials(o1, log1, o2, log2)
     return o, log1 + log2
 
 
@@ -93,24 +80,4 @@ WRONG = {
                        (merge_that_adds_logarithms, "3 + 3 keys: the log-sum-exp")],
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_the_printed_solution_is_taken(name, capsys):
-    assert getattr(checks, f"check_{name}")(solutions()[name])
-    assert capsys.readouterr().out == "correct\n"
-
-
-@pytest.mark.parametrize("name, answer, message", [(name, *wrong) for name in WRONG for wrong in WRONG[name]])
-def test_a_wrong_answer_is_rejected(name, answer, message, capsys):
-    assert not getattr(checks, f"check_{name}")(answer)
-    said = capsys.readouterr().out
-    assert said.startswith("not yet: ") and message in said, said
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_stub_is_not_solved_yet(name, capsys):
-    def stub(*arguments):
-        raise NotImplementedError
-
-    assert not getattr(checks, f"check_{name}")(stub)
-    assert capsys.readouterr().out == "not solved yet\n"
+TestExercises = exercise_tests(checks, SOLVED, WRONG)

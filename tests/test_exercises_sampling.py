@@ -1,24 +1,11 @@
 """The checks of `notebooks/07_sampling_kv_cache` take its own solutions, and reject what a learner may well write."""
 
-import re
-from pathlib import Path
-
-import pytest
 import torch
+from exercise_checks import exercise_tests, printed_solutions
 
 from nanomai.exercises import sampling as checks
 
-HALF = Path(__file__).resolve().parent.parent / "notebooks" / "07_sampling_kv_cache.py"
-
-
-def solutions() -> dict:
-    """Every function in the fenced blocks of the notebook's `<details>`."""
-    prose = "\n".join(line[2:] for line in HALF.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    names = {"torch": torch}
-    for details in re.findall(r"<details>.*?</details>", prose, re.DOTALL):
-        for block in re.findall(r"```python\n(.*?)```", details, re.DOTALL):
-            exec(block, names)
-    return names
+SOLVED = printed_solutions("07_sampling_kv_cache", torch=torch)
 
 
 def penalize_by_division(logits, seen, penalty):
@@ -75,22 +62,22 @@ def pad_right(prompts):
 
 
 def pad_left_with_shared_positions(prompts):
-    ids, _, mask = solutions()["pad_left"](prompts)
+    ids, _, mask = SOLVED.pad_left(prompts)
     return ids, torch.arange(ids.shape[1]).expand_as(ids), mask
 
 
 def pad_left_with_visible_pads(prompts):
-    ids, positions, _ = solutions()["pad_left"](prompts)
+    ids, positions, _ = SOLVED.pad_left(prompts)
     return ids, positions, positions[:, :, None] >= positions[:, None, :]
 
 
 def pad_left_with_blind_pads(prompts):
-    ids, positions, mask = solutions()["pad_left"](prompts)
+    ids, positions, mask = SOLVED.pad_left(prompts)
     return ids, positions, mask & (positions >= 0)[:, :, None]
 
 
 def pad_left_without_the_past(prompts):
-    ids, positions, _ = solutions()["pad_left"](prompts)
+    ids, positions, _ = SOLVED.pad_left(prompts)
     return ids, positions, (positions >= 0)[:, None, :] | (positions < 0)[:, :, None]
 
 
@@ -105,24 +92,4 @@ WRONG = {
                  (pad_left_without_the_past, "sees the future")],
 }
 
-
-@pytest.mark.parametrize("name", WRONG)
-def test_the_printed_solution_is_taken(name, capsys):
-    assert getattr(checks, f"check_{name}")(solutions()[name])
-    assert capsys.readouterr().out == "correct\n"
-
-
-@pytest.mark.parametrize("name, answer, message", [(name, *wrong) for name in WRONG for wrong in WRONG[name]])
-def test_a_wrong_answer_is_rejected(name, answer, message, capsys):
-    assert not getattr(checks, f"check_{name}")(answer)
-    said = capsys.readouterr().out
-    assert said.startswith("not yet: ") and message in said, said
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_stub_is_not_solved_yet(name, capsys):
-    def stub(*arguments):
-        raise NotImplementedError
-
-    assert not getattr(checks, f"check_{name}")(stub)
-    assert capsys.readouterr().out == "not solved yet\n"
+TestExercises = exercise_tests(checks, SOLVED, WRONG)

@@ -1,27 +1,11 @@
 """The checks of `notebooks/06_training` take its own solutions, and reject what a learner may well write instead."""
 
-import re
-from pathlib import Path
-
-import pytest
 import torch
+from exercise_checks import exercise_tests, printed_solutions
 
 from nanomai.exercises import training as checks
 
-HALF = Path(__file__).resolve().parent.parent / "notebooks" / "06_training.py"
-
-
-def solutions() -> dict:
-    """Every function in the fenced blocks of the notebook's `<details>`."""
-    prose = "\n".join(line[2:] for line in HALF.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    names = {"torch": torch}
-    for details in re.findall(r"<details>.*?</details>", prose, re.DOTALL):
-        for block in re.findall(r"```python\n(.*?)```", details, re.DOTALL):
-            exec(block, names)
-    return names
-
-
-SOLVED = solutions()
+SOLVED = printed_solutions("06_training", torch=torch)
 
 
 def means_with_the_constant_formula(values, betas):
@@ -119,36 +103,19 @@ def only_the_last_one(model, micro_batches):
         (model(ids, targets, reduction="sum") / valid).backward()
 
 
-EXERCISES = {
-    "running_means": (checks.check_running_means, [
-        means_with_the_constant_formula, means_not_corrected, means_that_begin_with_the_first_value,
-        means_that_correct_twice]),
-    "decayed_step": (checks.check_decayed_step, [
-        decay_through_the_gradient, decay_without_the_learning_rate, decay_after_the_step, decay_of_everything,
-        decay_of_the_embedding_too, decay_of_blocks_only]),
-    "accumulate": (checks.check_accumulate, [
-        mean_of_the_means, sum_never_divided, divided_by_all_targets, only_the_last_one]),
+WRONG = {
+    "running_means": [(means_with_the_constant_formula, "cannot leave 1.0 to 7.0"),
+                      (means_not_corrected, "the mean of one value is the value"),
+                      (means_that_begin_with_the_first_value, "values [2.0, 5.0] with betas [0.5, 0.5]"),
+                      (means_that_correct_twice, "cannot leave 3.0 to 3.0")],
+    "decayed_step": [(decay_through_the_gradient, "which decays"), (decay_without_the_learning_rate, "which decays"),
+                     (decay_after_the_step, "which decays"),
+                     (decay_of_everything, "embed.weight, which does not decay"),
+                     (decay_of_the_embedding_too, "embed.weight, which does not decay"),
+                     (decay_of_blocks_only, "head.weight, which decays")],
+    "accumulate": [(mean_of_the_means, "with [15, 6] valid tokens"), (sum_never_divided, "48.00 times as long"),
+                   (divided_by_all_targets, "with [15, 6] valid tokens"),
+                   (only_the_last_one, "with [16, 16, 16] valid tokens")],
 }
-WRONG = [(check, answer) for check, answers in EXERCISES.values() for answer in answers]
 
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_the_solution_of_the_notebook_is_taken(name, capsys):
-    check, _ = EXERCISES[name]
-    assert check(SOLVED[name]), capsys.readouterr().out
-
-
-@pytest.mark.parametrize("check, answer", WRONG, ids=[answer.__name__ for _, answer in WRONG])
-def test_a_wrong_answer_is_rejected_with_a_reason(check, answer, capsys):
-    assert not check(answer)
-    said = capsys.readouterr().out
-    assert said.startswith("not yet: ") and "raised" not in said, said
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-def test_a_stub_is_not_solved_yet(name, capsys):
-    def stub(*arguments):
-        raise NotImplementedError
-
-    assert not EXERCISES[name][0](stub)
-    assert capsys.readouterr().out == "not solved yet\n"
+TestExercises = exercise_tests(checks, SOLVED, WRONG)

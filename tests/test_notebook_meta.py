@@ -102,6 +102,8 @@ BUGS = {
         Bug("KV cache: pads are read as text", "sampling.py", " & (keys >= 0)[:, None, None, :]", "", soak=True),
         Bug("KV cache: bytes of keys only", "config.py",
             "return 2 * self.n_layers * self.n_kv_heads", "return self.n_layers * self.n_kv_heads", soak=True),
+        Bug("special tokens read from the user's text", "tokenizer.py", "return self._encoding.encode_ordinary(text)",
+            'return self._encoding.encode(text, allowed_special="all")', soak=True),
     ],
 }
 ALL = [(lesson, bug) for lesson, bugs in BUGS.items() for bug in bugs]

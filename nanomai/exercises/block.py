@@ -64,7 +64,7 @@ def check_stream_without_norm(answer):
         expected = _stream_without_norm(before, x)
         for i, (mine, true) in enumerate(zip(got, expected, strict=True)):
             where = f"after block {i}" if i else "on entering"
-            assert abs(mine - true) < 1e-4 * true, f"{where} the std is {true:.4g}, not {mine:.4g}"
+            assert abs(mine - true) < 1e-4 * true, f"{where} the std is {true:.6g}, not {mine:.6g}"
 
 
 def _stream_without_norm(model, x):
