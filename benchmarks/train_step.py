@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                              # nano, micro and 10M; eager, compiled; fp32, bf16
     python benchmarks/train_step.py --peer ../nanoGPT            # beside a nanoGPT checkout of yours, with ratios
     python benchmarks/train_step.py --only 10M --json results.json
+    python benchmarks/train_step.py --only 124M --variants bf16 "as shipped"   # fewer at once, for less memory
 
 Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, a few steps
 each, so that a slow minute of the machine slows all of them alike. Figures are medians over the turns. MFU is the share
@@ -132,31 +133,37 @@ class Variant:
         self.name, self.seconds, self.peak_mib, self.dtype = name, [], 0.0, task["options"]["dtype"]
         self.process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(task)], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.facts = json.loads(self.process.stdout.readline())
+        self.facts = self._answer()
 
     def run(self, steps: int) -> None:
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        seconds, self.peak_mib = json.loads(self.process.stdout.readline())
+        print(steps, file=self.process.stdin, flush=True)
+        seconds, self.peak_mib = self._answer()
         self.seconds.append(seconds)
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name}: its process died with status {self.process.wait()}; where memory is short, measure "
+                     "fewer at once with --variants")
+        return json.loads(line)
 
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
 
 
-def compare(name: str, peer: str | None, threads: int, turns: int) -> list[dict]:
-    """All variants of one shape, taking turns; one row each."""
+def compare(name: str, peer: str | None, threads: int, turns: int, chosen: list[str]) -> list[dict]:
+    """The variants of one shape whose names hold one of `chosen`, taking turns; one row each."""
     import torch
 
     from nanomai.machine import matmul_peak
 
     shape, peaks = SHAPES[name], {"float32": [], "bfloat16": []}
-    chosen = {n: o | {} for n, o in OURS.items() if "ReLU" not in n or name.startswith("10M")}
-    tasks = [(n, {"shape": shape, "threads": threads, "options": o, "peer": None}) for n, o in chosen.items()]
+    ours = {n: o for n, o in OURS.items() if "ReLU" not in n or name.startswith("10M")}
+    tasks = [(n, {"shape": shape, "threads": threads, "options": o, "peer": None}) for n, o in ours.items()]
     if peer:
         tasks += [(n, {"shape": shape, "threads": threads, "options": o, "peer": peer}) for n, o in PEER.items()]
-    variants = [Variant(n, task) for n, task in tasks]
+    variants = [Variant(n, task) for n, task in tasks if any(part in n for part in chosen)]
     for variant in variants:
         variant.run(1)
         variant.steps = max(1, round(0.5 / variant.seconds.pop()))  # about half a second a turn
@@ -180,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="a checkout of nanoGPT to measure beside")
     parser.add_argument("--only", help="shapes whose name begins with this")
+    parser.add_argument("--variants", nargs="+", default=[""], help="variants whose name holds one of these")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", help="also write the rows here")
@@ -197,7 +205,7 @@ def main() -> None:
     print("|---" * 7 + "|")
     rows = []
     for name in (n for n in SHAPES if n.startswith(arguments.only or "")):
-        for row in compare(name, arguments.peer, arguments.threads, arguments.turns):
+        for row in compare(name, arguments.peer, arguments.threads, arguments.turns, arguments.variants):
             rows.append(row)
             mfu, ratio = (f"{row['mfu']:.0%}" if row["mfu"] else "", f"{row['ratio']:.2f}" if row["ratio"] else "")
             print(f"| {name} | {row['variant']} | {row['parameters'] / 1e6:.2f}M | {row['tokens_per_second']:,.0f} | "

@@ -80,8 +80,9 @@ def rotary_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 # On a CPU the library's flash kernel is slow in the backward pass: at (16, 6, 256, 64) in bfloat16 the plain formula
-# takes 0.4 of its time (benchmarks/LOG.md). Above this many scores the memory of (T, S) matrices matters more.
-EXPLICIT_SCORES_LIMIT = 2**25
+# takes 0.4 of its time (benchmarks/LOG.md). Above this many scores in one head the memory of (T, S) matrices matters
+# more: at T = 1024 they are a fifth of all that a 124M model needs, for 7 % of its speed.
+EXPLICIT_SCORES_LIMIT = 512 * 512
 
 
 def attention_mask(query_positions: Tensor, key_positions: Tensor, window: int | None = None,
@@ -105,7 +106,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     q (B, H, T, K); k, v (B, G, S, K) with G dividing H; mask broadcasts to (B, H, T, S), True where a query may
     look; None is causal, the queries being the last T of the S positions. Returns (B, H, T, K).
     """
-    if q.device.type == "cpu" and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= EXPLICIT_SCORES_LIMIT:
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= EXPLICIT_SCORES_LIMIT:
         return attention_plain(q, k, v, mask)
     square = q.shape[2] == k.shape[2]
     if mask is None and not square:
