@@ -58,11 +58,12 @@ class Report:
         self.say(f"writing to {folder}\n")
 
     def progress(self, step: int, steps: int, row: dict, val_bpb: float | None, mfu: float,
-                 seconds_left: float) -> None:
+                 seconds_left: float | None) -> None:
         """The live line."""
+        left = " - " if seconds_left is None else _clock(seconds_left)
         bpb = f"{val_bpb:.3f}" if val_bpb is not None else "  -  "
         line = (f"step {step:>{len(str(steps))}}/{steps}  loss {row['loss']:.3f}  val {bpb} bits/byte  "
-                f"{row['tokens_per_second']:,.0f} tokens/s  MFU {mfu:.0%}  {_clock(seconds_left)} left")
+                f"{row['tokens_per_second']:,.0f} tokens/s  MFU {mfu:.0%}  {left} left")
         now = time.monotonic()
         if self.live is not None and not self.console.quiet:
             self.live.start()
@@ -95,7 +96,7 @@ class Report:
         beside = ", ".join(f"{name} {level:.3f}" for name, level in levels.items())
         self.say(f"\nvalidation: {val_loss:.3f} nats/token, {val_bpb:.3f} bits/byte" + f" ({beside})" * bool(levels))
         if skipped:
-            self.say(f"{skipped} steps were skipped: see the `skipped` rows of metrics.jsonl")
+            self.say(f"skipped steps: {skipped} (see the `skipped` rows of metrics.jsonl)")
         self.say(f"curve: {folder / 'loss.png'}   sample: {folder / 'sample.txt'}\n\nnext:")
         run = shlex.quote(str(folder))
         # the run folder, not a name: it holds what was changed on the command line

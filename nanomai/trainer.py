@@ -97,7 +97,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, self.config.optim, getattr(torch, train.dtype))
         self.guard = SpikeGuard(train.spike_deviations)
         self.steps_done, self.samples = 0, 0
-        self.recent_seconds: deque[float] = deque(maxlen=16)  # of a step; the first ones compile, and foretell nothing
+        self.recent_seconds: deque[float] = deque(maxlen=16)
         self._restore()
         self.loader.require(self.samples + sum(self._batch_samples()))
         list(rank_spans(0, set(self._batch_samples()), 0, mesh.world_size))  # DataError if ranks cannot share a batch
@@ -241,18 +241,18 @@ class Trainer:
     def _write(self, tokens: int, seed: int) -> str:
         prompt, tokenizer = self.config.train.sample_prompt, self.prepared.tokenizer
         with torch.compiler.set_stance("force_eager"):
-            return "".join(stream_text(self.model, tokenizer, prompt, tokens, temperature=0.7, top_p=0.95, seed=seed))
+            return "".join(stream_text(self.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed))
 
     def _sample(self) -> None:
         if self.mesh.is_main and not self.report.console.quiet:
             self.report.sample(self.steps_done, self.config.train.sample_prompt, self._write(64, self.steps_done))
 
     def _progress(self, row: dict) -> None:
-        train, speed = self.config.train, row["tokens_per_second"]
-        flops = speed * self.config.model.flops_per_token(self.config.sequence_length)
-        left = (train.steps - self.steps_done) * statistics.median(self.recent_seconds)
-        bpb = self.val.bits_per_byte if self.val else None
-        self.report.progress(self.steps_done, train.steps, row, bpb, flops / (self.peak * self.mesh.world_size), left)
+        steps, known = self.config.train.steps, len(self.recent_seconds) > 2  # the first may compile for a minute
+        left = (steps - self.steps_done) * statistics.median(self.recent_seconds) if known else None
+        flops = row["tokens_per_second"] * self.config.model.flops_per_token(self.config.sequence_length)
+        mfu, bpb = flops / (self.peak * self.mesh.world_size), self.val and self.val.bits_per_byte
+        self.report.progress(self.steps_done, steps, row, bpb, mfu, left)
 
     def _save(self) -> Path:
         state = {"step": self.steps_done, "samples": self.samples, "data": self.loader.identity,

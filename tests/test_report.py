@@ -27,7 +27,7 @@ def tell(report: Report) -> None:
     """A whole short run."""
     with report:
         report.opening(CONFIG, Path("runs/nano"), "a CPU", 2e11)
-        report.progress(1, 100, ROW, None, 0.4321, 3723.0)
+        report.progress(1, 100, ROW, None, 0.4321, None)
         report.sample(50, "def ", "main(): [bold]pass")
         report.warn("step 7 skipped: the loss is nan")
         report.progress(100, 100, ROW, 1.5, 0.5, 0.0)
@@ -42,7 +42,7 @@ on a CPU; matrix products reach 200 GFLOP/s
 dtype float32, compile off, threads 2, micro_batch 32
 writing to runs/nano
 
-step   1/100  loss 1.235  val   -   bits/byte  12,346 tokens/s  MFU 43%  1:02:03 left
+step   1/100  loss 1.235  val   -   bits/byte  12,346 tokens/s  MFU 43%   -  left
 --- step 50 writes ---
 def main(): [bold]pass
 ---
@@ -50,7 +50,7 @@ warning: step 7 skipped: the loss is nan
 step 100/100  loss 1.235  val 1.500 bits/byte  12,346 tokens/s  MFU 50%  0:00 left
 
 validation: 2.500 nats/token, 1.750 bits/byte (gzip -9 1.963)
-3 steps were skipped: see the `skipped` rows of metrics.jsonl
+skipped steps: 3 (see the `skipped` rows of metrics.jsonl)
 curve: runs/nano/loss.png   sample: runs/nano/sample.txt
 
 next:
@@ -83,6 +83,11 @@ def test_plain_lines_come_at_intervals(capsys, monkeypatch):
         for step in (1, 2, 3, 4, 100):
             report.progress(step, 100, ROW, None, 0.1, 1.0)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/100", "4/100", "100/100"]
+
+
+def test_hours_left(capsys):
+    Report().progress(5, 100, ROW, None, 0.4321, 3723.0)
+    assert capsys.readouterr().out.endswith("MFU 43%  1:02:03 left\n")
 
 
 def commands(text: str) -> list[list[str]]:
