@@ -36,8 +36,8 @@ test: $(READY) ## run every test, then every notebook against its stored outputs
 soak: $(READY) ## run the long versions of the fault tests
 	$(ONE) $(PY) -m pytest -m soak tests $(ARGS)
 
-lab: $(READY) ## open JupyterLab on the notebooks
-	$(PY) -m jupyterlab notebooks
+lab: $(READY) ## open JupyterLab on the notebooks (as root, in a container: ARGS=--allow-root)
+	$(PY) -m jupyterlab notebooks $(ARGS)
 
 nb: $(READY) ## execute the notebooks anew from their .py halves (ARGS="notebooks/01_bpe.py" for one)
 	$(ONE) env -u MPLBACKEND $(PY) tools/execute.py $(ARGS)
