@@ -76,7 +76,8 @@ def _finish(temporary: Path, final: Path, state: dict, keep: int) -> None:
     if _is_good(final):
         shutil.rmtree(temporary)
     else:
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # damaged
+            shutil.rmtree(final)
         os.rename(temporary, final)
     flush_folder(folder)
     older = [path for path in _all(folder) if path.name < final.name]

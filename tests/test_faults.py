@@ -63,7 +63,8 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     done = len(curve("broken"))
-    assert (process.returncode, err) == (130, "") and done < STEPS
+    assert process.returncode == 130 and done < STEPS
+    assert err == "\nfinishing this step and saving; once more stops at once, without saving\n"
     assert out.splitlines()[-3:] == [f"{number.name}: saved broken/checkpoints/step-{done:08d}", "go on with",
                                      "  nanomai train broken --train.resume"]
     assert main(["train", "broken", "--train.resume"]) == 0
@@ -115,7 +116,8 @@ KILL_POINTS = {  # what is being called, on what, and the step that survives
 def test_kill_9_while_saving(point):
     name, on, survives = KILL_POINTS[point]
     home, _, function = name.rpartition(".")
-    script = (f"import nanomai.checkpoint, os, signal, torch.distributed.checkpoint; from tiny_run import tiny\n"
+    script = (f"import nanomai.checkpoint, os, shutil, signal, torch.distributed.checkpoint\n"
+              f"from tiny_run import tiny\n"
               f"real = {name}\n"
               f"def deadly(*arguments, **options):\n"
               f"    if {on!r} in ' '.join(str(getattr(a, 'path', a)) for a in arguments):\n"

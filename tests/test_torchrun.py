@@ -87,7 +87,7 @@ def test_what_fails_on_one_rank_ends_all(here):
     for flags, message in {
         ("--train.run-dir", "tiny.yaml/run"):  # before the ranks first meet
             "nanomai: tiny.yaml/run cannot be written: Not a directory; choose another --train.run-dir",
-        ("--train.run-dir", "blocked"):  # while the other rank waits in a step
+        ("--train.run-dir", "blocked", "--train.resume"):  # while the other rank waits in a step
             "nanomai: blocked/metrics.jsonl: Is a directory",
     }.items():
         began = time.monotonic()
