@@ -189,7 +189,7 @@ LINES = [
     ("rows.jsonl", b'["text"]', "{path} line 1 is not a JSON object"),
     ("rows.jsonl", b'{"text": "\xff"}', "{path} line 1 is not UTF-8 text"),
     ("rows.jsonl", b'{"text": "\\ud800"}', "{path} line 1: field 'text' holds half of a surrogate pair"),
-    ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
+    ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9],
      "{path} cannot be read beyond line 9: Compressed file ended before the end-of-stream marker was reached"),
     ("rows.jsonl.gz", b"no gzip", "{path} cannot be read beyond line 0: Not a gzipped file (b'no')"),
     ("rows.parquet", b"no parquet", "{path} cannot be read: Parquet magic bytes not found in footer. "
