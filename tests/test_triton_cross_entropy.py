@@ -12,8 +12,8 @@ from triton_kernels import cross_entropy as kernels
 from triton_kernels.cross_entropy import IGNORE
 from triton_kernels.lens import Trace
 
-# Measured at most: float32 2.3e-7, float16 2.0e-4, bfloat16 1.6e-3 for gradients; 3e-7 for losses, at any dtype.
-BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# Of gradients; measured at most 1.8e-7, 1.6e-4 and 1.2e-3. Losses are as exact at any dtype: 1.4e-7.
+BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 SHAPES = [(1, 1), (1, 2), (7, 31), (5, 64), (13, 65), (4, 127), (33, 257), (2, 1021)]
 
 
@@ -64,6 +64,16 @@ def test_cross_entropy(shape, dtype, poisoned):
     assert (loss.shape, loss.dtype, got.shape, got.dtype) == ((), torch.float32, shape, dtype)
     assert error(loss, loss64) < 1e-5 and error(got, want) < BOUND[dtype]
     assert not got[targets == IGNORE].any() and torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_the_vocabulary_of_gpt_2(dtype, monkeypatch, poisoned):
+    monkeypatch.undo()
+    logits, targets = inputs((3, 50304), dtype)
+    loss64, want = plain(logits, targets)
+    loss = kernels.cross_entropy(logits, targets)
+    (got,) = torch.autograd.grad(loss, logits)
+    assert error(loss, loss64) < 1e-6 and error(got, want) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUND)
