@@ -107,7 +107,7 @@ def test_it_moves_the_bytes_it_must():
 
 
 def rounded(x, count, seed=0, step=1):
-    """`count` stochastic roundings of the float32 x: from -x0 (a bfloat16) by the size of the one gradient step."""
+    """`count` stochastic roundings of x: one step, as long as it must be, from the bfloat16 beside x."""
     base = torch.tensor(x).to(torch.bfloat16).float().item()
     p, moment = torch.full((count,), base, dtype=torch.bfloat16), torch.zeros(count)
     grads = torch.full((count,), math.copysign(1.0, base - x))

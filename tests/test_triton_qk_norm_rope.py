@@ -11,7 +11,8 @@ from triton_kernels import qk_norm_rope as kernels
 from triton_kernels.lens import Trace
 
 EPS = 1e-5
-BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}  # twice what was measured, or more
+# A result is rounded once: by at most 2^-11 of itself in float16, 2^-8 in bfloat16.
+BOUND = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 # B, H, G, T, K
 SHAPES = [(1, 1, 1, 1, 2), (1, 3, 1, 127, 16), (2, 4, 2, 33, 30), (3, 2, 2, 5, 64), (1, 2, 1, 31, 130),
           (2, 1, 1, 1, 256)]
@@ -187,8 +188,7 @@ def test_compiled_and_checkpointed():
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("width", "normed"), [(64, False), (128, True)])
 def test_sm_90_neither_spills_nor_loads_narrowly(width, normed, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     q, k = (torch.empty(4, 4096, n, width, dtype=torch.bfloat16, device="meta").transpose(1, 2) for n in (16, 4))

@@ -9,7 +9,8 @@ from triton_kernels import aot
 from triton_kernels import swiglu as kernels
 from triton_kernels.lens import Trace
 
-BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # twice what was measured, or more
+# A result is rounded once: by at most 2^-11 of itself in float16, 2^-8 in bfloat16.
+BOUND = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 SHAPES = [(1,), (5, 123), (2, 3, 64), (2047,), (2048,), (2049,), (7, 911)]
 
 
