@@ -21,6 +21,15 @@ def twice(x):
 
 @Kernel
 @triton.jit
+def counted(x_ptr, skip_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """y = x, unless skip is 1: one mask of a block and a number."""
+    at = tl.arange(0, BLOCK)
+    inside = (at < n) & (tl.load(skip_ptr) != 1)
+    tl.store(y_ptr + at, tl.load(x_ptr + at, mask=inside), mask=inside)
+
+
+@Kernel
+@triton.jit
 def scaled(x_ptr, y_ptr, n, scale, BLOCK: tl.constexpr):
     """y = 2 x * scale + sum of the block"""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -155,6 +164,15 @@ def test_the_language_around_a_kernel():
     exact = [x.sort().values, x.argmax().expand(16), x.sum().expand(16), x.sigmoid() + x.softmax(0) + 8, x]
     torch.testing.assert_close(out, torch.stack([row.float() for row in exact]))
     assert count.item() == 9 and t.loads["x"] == 2 * x.nbytes and t.stores["out"] == out.nbytes
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_number_compared_may_be_part_of_a_mask(skip):
+    x, y = torch.arange(1.0, 6.0), torch.zeros(5)
+    with Trace(x=x, y=y) as t:
+        counted[(1,)](x, torch.tensor([skip]), y, 5, BLOCK=8)
+    assert torch.equal(y, torch.zeros(5) if skip else x)
+    assert t.stores["y"] == (0 if skip else y.nbytes)
 
 
 def test_interpret_compile_interpret():

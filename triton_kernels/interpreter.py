@@ -193,7 +193,9 @@ class Builder(stock.InterpreterBuilder):  # private: one method for each operati
         return _narrow(result) if result.data.dtype == np.float32 else result
 
     def binary_op(self, lhs, rhs, op):
-        return self._compute(lambda a, b: super(Builder, self).binary_op(a, b, op), lhs, rhs)
+        result = self._compute(lambda a, b: super(Builder, self).binary_op(a, b, op), lhs, rhs)
+        # stock leaves the operands' type on a comparison's booleans, and a broadcast would make numbers of them
+        return Handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
 
     def unary_op(self, arg, op):
         return self._compute(lambda a: super(Builder, self).unary_op(a, op), arg)
