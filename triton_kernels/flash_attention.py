@@ -213,7 +213,8 @@ def flash_dkdv(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, 
 # (BLOCK_Q, BLOCK_K, warps, stages) of flash_forward at K <= 64 and K = 128, of flash_dq, of flash_dkdv: the first of a
 # scan by triton_kernels.aot (Triton 3.9, bfloat16) that no mask makes spill and that fits the shared memory (99 KB for
 # sm_80, to serve sm_86, sm_89 and sm_120 too). In order: the held tile of 128, 64, 32 rows, as all else is read once
-# for each; the tile that walks; 16 rows a warp before other warps; 3, 2, 1 stages (gfx942: 1). Not yet timed by a GPU.
+# for each; the tile that walks; 16 rows a warp before other warps; 3, 2, 1 stages. gfx942: of a short list,
+# with scalar registers kept in vector ones allowed. Not yet timed by a GPU.
 TILES = {
     "sm_80": ((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 128, 8, 3), (64, 64, 8, 1)),
     "sm_90": ((128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3)),
