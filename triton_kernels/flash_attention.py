@@ -225,6 +225,7 @@ TILES = {
 
 
 def constants(kernel: int, q: Tensor, k: Tensor, window: int | None, reach: Tensor | None, arch: str | None) -> dict:
+    """Tile, warps, stages and the kinds of masks, for kernel 0 (forward), 1 (dq) or 2 (dk and dv) on `arch`."""
     if arch is None and q.device.type == "cuda":
         major = torch.cuda.get_device_capability(q.device)[0]
         arch = "gfx942" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
