@@ -75,7 +75,7 @@ MAY_READ_ENVIRONMENT = ["cli", "machine", "parallel.launch"]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 
 MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 40, 300, 4_000
-MAX_FILE_OF = {"model": 400, "triton_kernels.flash_attention": 350}  # three kernels that share their loops' edges
+MAX_FILE_OF = {"model": 400}
 
 
 class Module(NamedTuple):

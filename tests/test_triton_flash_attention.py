@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from nanomai import ops
-from triton_kernels import aot
+from triton_kernels import aot, flash_tiles
 from triton_kernels import flash_attention as kernels
 from triton_kernels.lens import Trace
 
@@ -74,15 +74,7 @@ def error(got, exact):
 
 @pytest.fixture
 def tile(monkeypatch):
-    return lambda queries, keys: monkeypatch.setitem(kernels.TILES, "cpu", ((queries, keys, 4, 1),) * 6)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """What a launcher allocates holds NaN, so that an element that no program writes shows."""
-    plain, like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: plain(*a, **k).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(torch.nan))
+    return lambda queries, keys: monkeypatch.setitem(flash_tiles.TILES, "cpu", ((queries, keys, 4, 1),) * 6)
 
 
 def check(shape, window, ids, dtype, layout=lambda x: x):
