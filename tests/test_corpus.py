@@ -155,7 +155,6 @@ def test_rows_are_split_one_by_one(tmp_path, name):
 
 
 def test_a_hugging_face_dataset_streams(tmp_path):
-    pytest.importorskip("datasets")
     write_rows(tmp_path / "train.parquet")
     found = read(f"hf:{tmp_path}")
     assert [d.text for d in found] == [row["text"] for row in ROWS]
