@@ -204,6 +204,8 @@ class TrainConfig:
     """Of activations and matrix products; the weights that the optimizer keeps are always float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto where it pays (see `machine.py`)."""
+    kernels: str = "auto"
+    """Triton kernels in the model: auto, torch (none), triton (all), or names with commas (see `kernels.py`)."""
     threads: int = 0
     """CPU threads; 0 takes one for each core."""
     run_dir: str | None = None

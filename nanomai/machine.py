@@ -7,6 +7,7 @@ The rules, decided by measurement (benchmarks/LOG.md):
 | device | cuda if there is one, else mps, else cpu |
 | dtype | bfloat16 on a GPU that has it and on a CPU with AMX or AVX512-BF16; float32 otherwise |
 | compile | on a GPU; on a CPU with a C++ compiler where the run outlasts the compilation; off otherwise |
+| kernels | on a GPU those of `kernels.AUTO` that take this model's shapes; none elsewhere |
 | threads | one for each core that this process may use, shared among the ranks of this machine |
 | micro_batch | a rank's share of the batch, in as few equal forward passes as stay at or below 16,384 tokens |
 """
@@ -23,6 +24,7 @@ from dataclasses import replace as replace_fields
 
 import torch
 
+from nanomai import kernels
 from nanomai.config import Config, ConfigError
 from nanomai.optim import piecewise
 
@@ -48,7 +50,7 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-KEPT = "dtype", "compile", "micro_batch"
+KEPT = "dtype", "compile", "kernels", "micro_batch"
 """Settings that were left to the machine and stay as they were when a run is resumed. The number of threads is chosen
 anew: with another number of ranks on a machine, each has other cores to itself."""
 
@@ -68,7 +70,21 @@ def resolve(config: Config, device: torch.device, world_size: int = 1, before: C
         compile_blocks = "on" if _can_compile(device) and _outlasts_compilation(config, device) else "off"
     micro_batch = train.micro_batch or _micro_batch(config, world_size)
     return replace_fields(config, train=replace_fields(train, dtype=dtype, threads=threads, compile=compile_blocks,
-                                                       micro_batch=micro_batch))
+                                                       kernels=_kernels(config, device), micro_batch=micro_batch))
+
+
+def _kernels(config: Config, device: torch.device) -> str:
+    try:
+        chosen = kernels.parse(config.train.kernels)
+        if chosen:
+            kernels.require()
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error), "train.kernels") from None
+    if chosen is not None:
+        return config.train.kernels
+    too_wide = {"masked_attention"} if config.model.head_dim > 128 else set()
+    taken = [k for k in kernels.AUTO if kernels.uses_triton(k, device.type == "cuda", "auto") and k not in too_wide]
+    return ",".join(taken) or "torch"
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:

@@ -19,6 +19,17 @@ from torch import Tensor, nn
 
 from nanomai import ops
 from nanomai.config import ModelConfig
+from nanomai.kernels import parse as parse_kernels
+
+
+class Part(nn.Module):
+    """A module that calls ops for which there is more than one implementation."""
+
+    kernels: frozenset[str] | None = None  # those of kernels.KERNELS to use; None leaves it to each op
+
+    def impl(self, op: str) -> str:
+        """What to tell an op: auto, torch or triton."""
+        return "auto" if self.kernels is None else "triton" if op in self.kernels else "torch"
 
 
 class Linear(nn.Linear):
@@ -29,33 +40,37 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    """`ops.rms_norm` with its weight."""
+class RMSNorm(Part):
+    """`ops.rms_norm` with its weight; with a residual, (x + residual, the norm of that)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps, self.impl("rms_norm"))
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.impl("rms_norm"))
 
 
 class LayerNorm(RMSNorm):
-    """`ops.layer_norm` with its weight and bias."""
+    """`ops.layer_norm` with its weight and bias; with a residual as RMSNorm."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__(dim, eps)
         self.bias = nn.Parameter(torch.empty(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        x = x if residual is None else x + residual
+        y = ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return y if residual is None else (x, y)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Causal self-attention with grouped key-value heads."""
 
     def __init__(self, config: ModelConfig):
@@ -67,19 +82,20 @@ class Attention(nn.Module):
         self.wv = Linear(d, kv, bias="qkv" in config.biases)
         self.wo = Linear(q, d, bias="out" in config.biases)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: ops.Mask, cache=None) -> Tensor:
         q = rearrange(self.wq(x), "b t (h k) -> b h t k", k=self.head_dim)  # (B, H, T, K)
         k = rearrange(self.wk(x), "b t (g k) -> b g t k", k=self.head_dim)  # (B, G, T, K)
         v = rearrange(self.wv(x), "b t (g k) -> b g t k", k=self.head_dim)
         if rotary is not None:
-            q, k = ops.rotary(q, *rotary), ops.rotary(k, *rotary)
+            q, k = ops.qk_rotary(q, k, *rotary, self.impl("rotary"))
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, G, S, K): the past and the present
-        y = ops.attention(q, k, v, mask)
+        impl = self.impl("attention") if mask is None else "auto"  # whoever made the mask has chosen
+        y = ops.attention(q, k, v, mask, impl)
         return self.wo(rearrange(y, "b h t k -> b t (h k)"))
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """Up, a non-linearity, down. Its three forms: GELU (GPT-2), SwiGLU (arXiv 2002.05202), ReLU² (arXiv 2109.08668)."""
 
     def __init__(self, config: ModelConfig):
@@ -92,7 +108,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
-            h = F.silu(self.w_gate(x)) * self.w_up(x)  # (B, T, F)
+            h = ops.swiglu(self.w_gate(x), self.w_up(x), self.impl("swiglu"))  # (B, T, F)
         elif self.activation == "gelu":
             h = F.gelu(self.w_up(x), approximate="tanh")
         else:
@@ -111,19 +127,19 @@ class Block(nn.Module):
         self.mlp_norm = norm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: ops.Mask, cache=None) -> Tensor:
+        x, h = self.mlp_norm(self.attention(self.attention_norm(x), rotary, mask, cache), residual=x)
+        return x + self.mlp(h)
 
 
-class LinearCrossEntropy(nn.Module):
+class LinearCrossEntropy(Part):
     """The head and the loss as one module without weights, so that it can be compiled as a block can."""
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.linear_cross_entropy(hidden, weight, targets, bias)
+        return ops.linear_cross_entropy(hidden, weight, targets, bias, self.impl("linear_cross_entropy"))
 
 
-class Transformer(nn.Module):
+class Transformer(Part):
     """A decoder-only language model."""
 
     def __init__(self, config: ModelConfig):
@@ -140,6 +156,13 @@ class Transformer(nn.Module):
         self.head = None  # the embedding serves as the head where they are tied
         if not config.tied_embeddings:
             self.head = Linear(config.d_model, config.vocab_size, "head" in config.biases)
+
+    def set_kernels(self, setting: str) -> None:
+        """Says which Triton kernels every part uses: auto, torch, triton, or names with commas (`kernels.py`)."""
+        chosen = parse_kernels(setting)
+        for part in self.modules():
+            if isinstance(part, Part):
+                part.kernels = chosen
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None,
                 reduction: str = "mean", cache=None, last_only: bool = False) -> Tensor:
@@ -175,11 +198,11 @@ class Transformer(nn.Module):
         if config.position == "rope":
             cos, sin = ops.rotary_table(positions, config.head_dim, config.rope_theta, x.dtype)
             rotary = (cos, sin) if positions.ndim == 1 else (cos[:, None], sin[:, None])
-        mask = None  # plainly causal
         if cache is not None:
             mask = cache.mask(positions, keys, config.sliding_window)
-        elif document_ids is not None or config.sliding_window is not None:
-            mask = ops.attention_mask(positions, keys, config.sliding_window, document_ids, document_ids)
+        else:
+            mask = ops.training_mask(positions, config.sliding_window, document_ids, config.head_dim,
+                                     self.impl("masked_attention"))
         return x, rotary, mask
 
 

@@ -3,6 +3,8 @@
 `name` is what the model calls; `name_plain` is the same thing as you would write it on a blackboard, slow and
 obvious. Tests hold every pair together, forward and backward, in float64.
 
+Those with a Triton kernel take `impl`, "auto", "torch" or "triton": kernels.py says what each means.
+
 Numbers: products run in the dtype of the activations (bfloat16 in mixed precision); means of squares, softmax,
 rotations and losses are computed in float32 at least, because bfloat16 keeps only 8 bits of each number.
 """
@@ -10,10 +12,14 @@ rotations and losses are computed in float32 at least, because bfloat16 keeps on
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanomai.kernels import uses_triton
 
 IGNORE = -100  # a target that carries no loss
 
@@ -26,8 +32,11 @@ def _wide(x: Tensor) -> torch.dtype:
 # --- Normalisation ----------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str = "auto") -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467). (..., D) -> (..., D)"""
+    if uses_triton("rms_norm", x.is_cuda, impl):
+        from triton_kernels.rms_norm import rms_norm as kernel
+        return kernel(x, weight, eps)
     wide = _wide(x)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
@@ -36,6 +45,15 @@ def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition of `rms_norm`."""
     mean_square = x.pow(2).mean(-1, keepdim=True)
     return x / torch.sqrt(mean_square + eps) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(s, rms_norm(s)) with s = x + residual: one pass over memory for what every block does twice."""
+    if uses_triton("rms_norm", x.is_cuda, impl):
+        from triton_kernels.rms_norm import add_rms_norm as kernel
+        return kernel(x, residual, weight, eps)
+    s = x + residual
+    return s, rms_norm(s, weight, eps, "torch")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -70,6 +88,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def qk_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """`rotary` of queries (B, H, T, K) and keys (B, G, T, K)."""
+    if uses_triton("rotary", q.is_cuda, impl):
+        from triton_kernels.qk_norm_rope import qk_norm_rope as kernel
+        return kernel(q, k, cos, sin)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
+
+
 def rotary_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The definition of `rotary`."""
     a, b = x.chunk(2, dim=-1)
@@ -83,6 +109,10 @@ def rotary_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # takes 0.4 of its time (benchmarks/LOG.md). Above this many scores in one head the memory of (T, S) matrices matters
 # more: at T = 1024 they are a fifth of all that a 124M model needs, for 7 % of its speed.
 EXPLICIT_SCORES_LIMIT = 512 * 512
+# The library's kernels, best first: on an H100 cuDNN's is reported 1.7 to 2.3 times as fast as flash attention 2, which
+# the library would take (pytorch/pytorch 142132).
+LIBRARY_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                     SDPBackend.MATH]
 
 
 def attention_mask(query_positions: Tensor, key_positions: Tensor, window: int | None = None,
@@ -100,19 +130,50 @@ def attention_mask(query_positions: Tensor, key_positions: Tensor, window: int |
     return allowed[:, None] if allowed.ndim == 3 else allowed
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+class FlashMask(NamedTuple):
+    """A mask that never exists as a matrix: causal, within a window, within a document."""
+
+    window: int | None
+    reach: Tensor | None  # (B, 2, S): first and last position of each position's document
+
+
+Mask = Tensor | FlashMask | None
+
+
+def training_mask(positions: Tensor, window: int | None, documents: Tensor | None, head_dim: int,
+                  impl: str = "auto") -> Mask:
+    """The mask of whole sequences for `attention`, made once for all layers. positions (T,), documents (B, T)."""
+    if window is None and documents is None:
+        return None
+    if impl == "auto" and head_dim > 128:  # wider heads than the kernel's
+        impl = "torch"
+    if not uses_triton("masked_attention", positions.is_cuda, impl):
+        return attention_mask(positions, positions, window, documents, documents)
+    from triton_kernels.flash_attention import document_reach
+    return FlashMask(window, None if documents is None else document_reach(documents))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | FlashMask | None = None, impl: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(K)) v for grouped heads (arXiv 1706.03762, 2305.13245).
 
     q (B, H, T, K); k, v (B, G, S, K) with G dividing H; mask broadcasts to (B, H, T, S), True where a query may
-    look; None is causal, the queries being the last T of the S positions. Returns (B, H, T, K).
+    look, or is a FlashMask; None is causal, the queries being the last T of the S positions. Returns (B, H, T, K).
     """
+    if isinstance(mask, FlashMask) or uses_triton("attention", q.is_cuda, impl):
+        if isinstance(mask, Tensor):
+            raise TypeError("attention: the kernel takes a FlashMask, as training_mask makes it, and no matrix; "
+                            "use impl='torch' with this mask")
+        from triton_kernels.flash_attention import flash_attention as kernel
+        window, reach = mask or (None, None)
+        return kernel(q, k, v, window, reach=reach)
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= EXPLICIT_SCORES_LIMIT:
         return attention_plain(q, k, v, mask)
     square = q.shape[2] == k.shape[2]
     if mask is None and not square:
         mask = causal_mask(q, k)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    with sdpa_kernel(LIBRARY_ATTENTION, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                              enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attention_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -132,12 +193,29 @@ def causal_mask(q: Tensor, k: Tensor) -> Tensor:
     return attention_mask(positions[-q.shape[2]:], positions)
 
 
+# --- The MLP ----------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202): two of (...) -> (...)"""
+    if uses_triton("swiglu", gate.is_cuda, impl):
+        from triton_kernels.swiglu import swiglu as kernel
+        return kernel(gate, up)
+    return F.silu(gate) * up
+
+
+def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
+    """The definition of `swiglu`."""
+    return gate / (1 + torch.exp(-gate)) * up
+
+
 # --- The loss ---------------------------------------------------------------------------------------------------------
 
 LOGITS_BYTES = 2**28  # of float32 logits alive at once; smaller chunks add up the weight's gradient more often
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None,
+                         impl: str = "auto") -> Tensor:
     """Sum over tokens of -log softmax(hidden weight^T + bias)[target], without ever holding all the logits.
 
     hidden (N, D), weight (V, D), targets (N,) with IGNORE where there is no loss, bias (V,) or None. At V = 100,352
@@ -145,6 +223,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
     through logits, loss and both gradients before the next begins (as Liger-Kernel, arXiv 2410.10989, does on a GPU);
     the loss is a plain sum, so the backward pass only has to scale what was stored.
     """
+    if uses_triton("linear_cross_entropy", hidden.is_cuda, impl):
+        from triton_kernels.linear_cross_entropy import linear_cross_entropy as kernel
+        return kernel(hidden, weight, targets, bias)
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, torch.is_grad_enabled())
 
 

@@ -116,6 +116,7 @@ class Trainer:
     def _build(self) -> Transformer:
         model = build_model(self.config.model, self.config.train.seed)
         model.compute_dtype = getattr(torch, self.config.train.dtype)
+        model.set_kernels(self.config.train.kernels)
         if self.config.train.init_from and self.checkpoint is None:
             runs.begin_from(model, self.config.train.init_from, self.prepared.tokenizer)
         return model.to(self.device)
@@ -138,8 +139,7 @@ class Trainer:
 
     def _restore(self) -> None:
         """Goes back to that checkpoint, if there is one."""
-        path = self.checkpoint
-        if path is None:
+        if (path := self.checkpoint) is None:
             return
         state, tensors = checkpoint.read_state(path), self._tensors()
         if state["data"] != self.loader.identity:

@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BELOW_TRAINER = """config config_file files ops moe mla model tokenizer corpus shards data optim parallel checkpoint
-                   planner runs sampling evaluation hub simulator machine guard preparation report"""
+BELOW_TRAINER = """config config_file files kernels ops moe mla model tokenizer corpus shards data optim parallel
+                   checkpoint planner runs sampling evaluation hub simulator machine guard preparation report"""
 PUBLIC = BELOW_TRAINER + " show trainer post"
 
 # A room is a file or a folder of nanomai/. Inside a folder all is allowed; `folder.file` gives one file its own line.
@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "config": "",
     "config_file": "config",
     "triton_kernels": "",
-    "ops": "triton_kernels",
+    "kernels": "",
+    "ops": "kernels triton_kernels",
     "moe": "config ops",
     "mla": "config ops",
-    "model": "config ops moe mla",
+    "model": "config kernels ops moe mla",
     "tokenizer": "files",
     "corpus": "config",
     "shards": "config files tokenizer",
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "parallel.tensor": "config ops",
     "checkpoint": "config files parallel",  # saving is collective: it needs to know who the main rank is
     "planner": "config",
-    "machine": "config optim",  # the batch of a step, which may be piecewise, sets the micro-batch
+    "machine": "config kernels optim",  # the batch of a step, which may be piecewise, sets the micro-batch
     "guard": "",
     "show": "",
     "report": "config show",
@@ -61,6 +62,7 @@ CORE = "torch numpy einops tiktoken safetensors yaml rich matplotlib"
 MAY_NEED = {
     "config": "",
     "config_file": "yaml",
+    "kernels": "",
     "triton_kernels": "torch triton",
     "triton_kernels.interpreter": "torch triton numpy",  # the interpreter computes in numpy
     "triton_kernels.lens": "torch triton numpy matplotlib",

@@ -62,10 +62,10 @@ BUGS = {
     "05_block_and_model": [
         Bug("RMSNorm forgets eps", "ops.py", "weight.to(wide), eps).to(x.dtype)", "weight.to(wide), 0.0).to(x.dtype)"),
         Bug("SwiGLU: gate and up change places", "model.py",
-            "F.silu(self.w_gate(x)) * self.w_up(x)", "F.silu(self.w_up(x)) * self.w_gate(x)", soak=True),
+            "ops.swiglu(self.w_gate(x), self.w_up(x)", "ops.swiglu(self.w_up(x), self.w_gate(x)", soak=True),
         Bug("the tied head does not teach the embedding", "model.py",
             "weight, bias = (self.embed.weight, None)", "weight, bias = (self.embed.weight.detach(), None)"),
-        Bug("no norm before the MLP", "model.py", "self.mlp(self.mlp_norm(x))", "self.mlp(x)", soak=True),
+        Bug("no norm before the MLP", "model.py", "x + self.mlp(h)", "x + self.mlp(x)", soak=True),
         Bug("initial weights not scaled by depth", "model.py",
             "config.init_std / math.sqrt(2 * config.n_layers)", "config.init_std"),
         Bug("ignored targets have a gradient", "ops.py", "d_logits @ w * valid", "d_logits @ w", soak=True),

@@ -55,6 +55,18 @@ def test_norms_in_bfloat16():
     assert ops.rms_norm(small, torch.ones(64), 1e-12).float() == pytest.approx(1.0, rel=2**-7)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_rms_norm(shape):
+    x, residual, weight = randn(*shape), randn(*shape, seed=3), randn(shape[-1], seed=1)
+    same(lambda x, r, w: torch.stack(ops.add_rms_norm(x, r, w, 1e-5)),
+         lambda x, r, w: torch.stack((x + r, ops.rms_norm_plain(x + r, w, 1e-5))), (x, residual, weight))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu(shape):
+    same(ops.swiglu, ops.swiglu_plain, (3 * randn(*shape), randn(*shape, seed=1)))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 5, 6), (1, 7, 13, 62)])
 def test_rotary(shape):
     cos, sin = ops.rotary_table(torch.arange(shape[2]), shape[3], 10_000.0, torch.float64)
@@ -126,6 +138,14 @@ def test_attention_is_its_definition(monkeypatch, limit, heads, t, s, mask):
     full = ops.causal_mask(q, k) if mask is None else mask
     same(lambda *a: ops.attention(*a, mask), lambda *a: definition(*a, full), (q, k, v), atol=1e-11)
     same(lambda *a: ops.attention_plain(*a, mask), lambda *a: ops.attention(*a, mask), (q, k, v), atol=1e-11)
+
+
+def test_the_library_s_attention_compiles_as_one_graph(monkeypatch):
+    """The order of its kernels is set around each call."""
+    monkeypatch.setattr(ops, "EXPLICIT_SCORES_LIMIT", 0)
+    compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+    for mask in (None, masks(2, 7, 7)["window"]):
+        same(lambda *a, m=mask: compiled(*a, m), lambda *a, m=mask: ops.attention(*a, m), qkv(2, 6, 3, 7, 7))
 
 
 @pytest.mark.parametrize("limit", [0, 2**25], ids=["library", "explicit"])

@@ -269,11 +269,12 @@ def document_reach(document_ids: Tensor) -> Tensor:
     return torch.stack([position.gather(1, slot) for slot in slots], 1).int()
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
-                    document_ids: Tensor | None = None) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, document_ids: Tensor | None = None,
+                    reach: Tensor | None = None) -> Tensor:
     """Causal softmax(q k^T / sqrt(K)) v: (B, H, T, K) and two of (B, G, S, K) -> (B, H, T, K).
 
-    document_ids (B, S): integers in any order, of all S positions even where T < S.
+    document_ids (B, S): integers in any order, of all S positions even where T < S; or `reach`, what document_reach
+    makes of them once for many layers.
     """
     width, keys = q.shape[-1], k.shape[2]
     _check(q, k, v, window, document_ids)
@@ -281,7 +282,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
         q, k, v = (F.pad(x, (0, padded - width)) for x in (q, k, v))
     if not q.stride(-1) == k.stride(-1) == 1 or k.stride() != v.stride():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    reach = None if document_ids is None else document_reach(document_ids)
+    reach = reach if document_ids is None else document_reach(document_ids)
     window = None if window is None or window >= keys else window
     return flash_attention_op(q, k, v, reach, window, width ** -0.5)[0][..., :width]
 
