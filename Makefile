@@ -1,6 +1,7 @@
 # Written for GNU make 3.81 (macOS) and later. Every target makes .venv first, once.
 
 TORCH  ?= torch==2.13.0
+TRITON ?= 3.6.0
 CONFIG := nano
 ARGS   :=
 JOBS   := 2
@@ -19,7 +20,7 @@ ONE     := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test soak lab nb bench lint clean
+.PHONY: help setup train test kernels soak lab nb bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F '|' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -32,6 +33,10 @@ train: $(READY) ## train a model on this machine (CONFIG=micro; ARGS="--train.st
 test: $(READY) ## run every test, then every notebook against its stored outputs
 	$(ONE) $(PY) -m pytest -n $(JOBS) --dist loadfile tests
 	$(if $(wildcard notebooks),$(ONE) env -u MPLBACKEND $(PY) -m pytest --nbval -n $(JOBS) --dist loadscope notebooks)
+
+kernels: $(READY) ## run the tests of the Triton kernels on the oldest Triton that they support (TRITON=3.7.0 on another)
+	test -d .venv/triton-$(TRITON)/triton || $(PIP) install --no-deps --target .venv/triton-$(TRITON) triton==$(TRITON)
+	$(ONE) PYTHONPATH=$(CURDIR)/.venv/triton-$(TRITON) $(PY) -m pytest -n $(JOBS) --dist loadfile tests/test_triton_*.py
 
 soak: $(READY) ## run the long versions of the fault tests
 	$(ONE) $(PY) -m pytest -m soak tests $(ARGS)
