@@ -10,7 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 # Triton has wheels for Linux only.
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_triton_*.py"]
+NEED_TRITON = ["test_triton_*.py", "test_exercises_first_kernels.py", "test_exercises_matmul_flash.py",
+               "test_exercises_fused_cross_entropy.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else NEED_TRITON
 
 
 @pytest.fixture(autouse=True)
