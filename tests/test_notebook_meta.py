@@ -156,7 +156,8 @@ def nbval(house: Path, lesson: str, change=None) -> subprocess.CompletedProcess:
     path = house / "notebooks" / f"{lesson}.ipynb"
     nbformat.write(notebook, path)
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # the kernel sets it
-    environment |= {"PYTHONPATH": str(house), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    roots = [str(house), *filter(None, [environment.get("PYTHONPATH")])]  # the copy first
+    environment |= {"PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", house, "-x",
                            "-p", "no:cacheprovider", "--color=no", "--nbval", path],
                           cwd=house, env=environment, capture_output=True, text=True, timeout=400)
