@@ -9,7 +9,7 @@ GUIDE = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_notebook_is_in_the_guide():
-    assert set(re.findall(r"\((\d\d_\w+)\.ipynb\)", GUIDE)) == {half.stem for half in ROOT.glob("notebooks/*.py")}
+    assert set(re.findall(r"\((\d\d[a-z]?_\w+)\.ipynb\)", GUIDE)) == {half.stem for half in ROOT.glob("notebooks/*.py")}
 
 
 def test_every_exercise_is_in_the_guide():
@@ -19,6 +19,6 @@ def test_every_exercise_is_in_the_guide():
 
 
 def test_every_question_is_the_title_of_its_notebook():
-    for number, question in re.findall(r"\[(\d\d)_\w+\]\(\S+\) \| (.+?) \|", GUIDE):
+    for number, question in re.findall(r"\[(\d\d[a-z]?)_\w+\]\(\S+\) \| (.+?) \|", GUIDE):
         [half] = ROOT.glob(f"notebooks/{number}_*.py")
         assert half.read_text(encoding="utf-8").splitlines()[1] == f"# # {number} · {question}"

@@ -105,6 +105,14 @@ BUGS = {
         Bug("special tokens read from the user's text", "tokenizer.py", "return self._encoding.encode_ordinary(text)",
             'return self._encoding.encode(text, allowed_special="all")', soak=True),
     ],
+    "11c_fused_cross_entropy": [
+        Bug("online softmax: the old sum is not rescaled", "../triton_kernels/cross_entropy.py",
+            "total = total * tl.exp(before - largest) + tl.sum(", "total = total + tl.sum("),
+        Bug("all logits are held", "../triton_kernels/linear_cross_entropy.py",
+            "buffer = torch.empty((min(rows, N), V)", "buffer = torch.empty((N, V)", soak=True),
+        Bug("chunks add up in bfloat16", "ops.py", "d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad",
+            "d_weight = torch.zeros_like(weight) if needs_grad", soak=True),
+    ],
 }
 ALL = [(lesson, bug) for lesson, bugs in BUGS.items() for bug in bugs]
 QUICKEST = "03_attention"  # to run whole: it stands for the others in `make test`

@@ -18,9 +18,9 @@ It needs z and lse, not p: 4 bytes a row are saved, and no second (N, V) tensor 
 float32, lse is exact to |lse| 2^-24: a softmax of logits around 30 to 2e-6.
 
 Memory traffic in bytes (e a logit; an ignored row is not read):
-    loss alone            e N V (z)                  + 16 N (t, losses, lse)
+    loss alone            e N V (z)                  + (16 + e) N (t, losses, lse, z_t once more)
     its gradient later    e N V (z + dz)             + 12 N (t, lse)
-    both in one launch    e N V (z + z + dz)         + 16 N; the second z comes from L2 where the rows in flight fit
+    both in one launch    e N V (z + z + dz)         + (16 + e) N; L2 serves the second z where rows in flight fit
 `cross_entropy` reads, and later reads and writes: 3 e N V, at 3 TB/s 1.65 ms for N = 16,384 and V = 50,304 in
 bfloat16. It leaves the caller's logits alone. One launch for both would have to be scaled afterwards, which is 2 e N V
 more; it is for who owns the logits and wants their gradient in their place: linear_cross_entropy.py.

@@ -15,10 +15,10 @@ gradient is what was stored times one number. The GPU multiplies by it in backwa
 Chunks of the loss are Liger-Kernel's idea (arXiv 2410.10989).
 
 Peak memory in bytes besides the inputs (e an activation's number; e V D more if the weight has another dtype):
-    eager    e N V (logits) + 4 N V (float32 log-softmax) + 4 N V (its gradient)
+    eager    12 N V: float32 log-softmax, the gradient that reaches it, and the gradient of the logits
     here     e n V + 4 V D (dw) + e N D (dh),   e n V <= LOGITS_BYTES;   2 (4 V D + e N D) while backward scales
-At N = 16,384, D = 768, V = 50,304 in bfloat16: eager 8.24e9, 7.7 GiB; here, with n = 4096, 0.41e9 + 0.15e9 + 0.03e9 =
-0.59e9, 0.55 GiB: a fourteenth.
+At N = 16,384, D = 768, V = 50,304 in bfloat16: eager 9.89e9, 9.2 GiB; here, with n = 4096, 0.41e9 + 0.15e9 + 0.03e9 =
+0.59e9, 0.55 GiB: a seventeenth.
 
 Time there: three products of 2 N V D, 3.80e12 operations, 4.8 ms at 798 TFLOP/s, and cross_entropy.py's 3 e N V bytes,
 1.65 ms at 3 TB/s. What chunks cost: each but the first reads and writes dw, 8 V D bytes beside the 2 n V D operations
