@@ -18,10 +18,11 @@ operation and the subtraction of 136 unpack two numbers (float16: 1024 + n, and 
 Traffic in bytes, e a number of x, up to 16 rows (scales included; x comes from L2 for all but the first program):
     int8   F D + 4 F            + e M (F D / 32 + F)    at M = 8 half as much for x as for W
     int4   F D (1/2 + 2/group)  + e M (F D / 32 + F)    at M = 8 as much
-For F = D = 4,096 W takes 5.6 us and 2.9 us at 3 TB/s, in bfloat16 11.2 us.
+For F = D = 4,096 W takes 5.6 us and 2.9 us at 3 TB/s, in bfloat16 11.2 us. These are floors; no GPU has timed it yet.
 
 Work. W is the left operand and x^T the right one, which is padded to 8 or 16 columns: one row costs what eight do. A
-number of int4 takes a thread 2.5 instructions on sm_90, of int8 3.9 (2.9 and 4.2 for 16 rows; counted by aot.py).
+number of int4 takes a thread 2.5 instructions on sm_90, of int8 3.9 (2.9 and 4.2 for 16 rows), counted in the loops
+that Triton 3.9 makes.
 At 3 TB/s 5.8e12 and 3.0e12 numbers come a second: 14e12 and 12e12 instructions, where 132 multiprocessors of 128 lanes
 at 1.7 GHz can issue 29e12. A first version for one row, without tensor cores, took 5.7: too many.
 Past 16 rows W is read and unpacked again for every 16: right, but a bfloat16 matmul, which reads 1.5e12 numbers a
@@ -120,10 +121,16 @@ def quarter(words, j: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_sum(y_ptr, acc, row, column, M, F):
+def indices(BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The rows of x and of W that this program multiplies: (BLOCK_M,), (BLOCK_F,)"""
+    return tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+
+
+@triton.jit
+def store_sum(y_ptr, acc, m, f, M, F):
     """The sum of what all ways found, acc (WAYS, BLOCK_F, BLOCK_M), into y."""
-    at = row.to(tl.int64)[None, :] * F + column[:, None]  # (BLOCK_F, BLOCK_M)
-    inside = (row < M)[None, :] & (column < F)[:, None]
+    at = m.to(tl.int64)[None, :] * F + f[:, None]  # (BLOCK_F, BLOCK_M)
+    inside = (m < M)[None, :] & (f < F)[:, None]
     tl.store(y_ptr + at, tl.sum(acc, axis=0).to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -132,19 +139,18 @@ def store_sum(y_ptr, acc, row, column, M, F):
 def int8_forward(x_ptr, q_ptr, scale_ptr, y_ptr, M, F, D, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
                  WAYS: tl.constexpr, BLOCK_D: tl.constexpr):
     """BLOCK_M rows of x and BLOCK_F of W a program; WAYS blocks of D at a time."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    first, d = tl.arange(0, WAYS)[:, None, None] * BLOCK_D, tl.arange(0, BLOCK_D)
-    dq, dx = first + d[None, None, :], first + d[None, :, None]  # (WAYS, 1, BLOCK_D), (WAYS, BLOCK_D, 1)
-    q_ptr += column.to(tl.int64)[None, :, None] * D + dq  # F D may pass 2^31
-    x_ptr += row.to(tl.int64)[None, None, :] * D + dx
+    m, f = indices(BLOCK_M, BLOCK_F)
+    way, d = tl.arange(0, WAYS)[:, None, None], tl.arange(0, BLOCK_D)
+    d_q, d_x = way * BLOCK_D + d[None, None, :], way * BLOCK_D + d[None, :, None]  # as q, as x^T
+    q_ptr += f.to(tl.int64)[None, :, None] * D + d_q  # F D may pass 2^31
+    x_ptr += m.to(tl.int64)[None, None, :] * D + d_x
     acc = tl.zeros((WAYS, BLOCK_F, BLOCK_M), tl.float32)
     for start in range(0, D, WAYS * BLOCK_D):
-        q = tl.load(q_ptr + start, mask=(column < F)[None, :, None] & (start + dq < D), other=0)
-        x = tl.load(x_ptr + start, mask=(row < M)[None, None, :] & (start + dx < D), other=0.0)
+        q = tl.load(q_ptr + start, mask=(f < F)[None, :, None] & (start + d_q < D), other=0)
+        x = tl.load(x_ptr + start, mask=(m < M)[None, None, :] & (start + d_x < D), other=0.0)
         acc = tl.dot(q.to(x.dtype), x, acc, input_precision="ieee")
-    acc *= tl.load(scale_ptr + column, mask=column < F, other=0.0)[None, :, None]
-    store_sum(y_ptr, acc, row, column, M, F)
+    acc *= tl.load(scale_ptr + f, mask=f < F, other=0.0)[None, :, None]
+    store_sum(y_ptr, acc, m, f, M, F)
 
 
 @Kernel
@@ -152,25 +158,25 @@ def int8_forward(x_ptr, q_ptr, scale_ptr, y_ptr, M, F, D, BLOCK_M: tl.constexpr,
 def int4_forward(x_ptr, words_ptr, scale_ptr, y_ptr, M, F, N, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
                  WAYS: tl.constexpr, GROUP: tl.constexpr):
     """As int8_forward, WAYS of the N groups of a row at a time. Strides are N times constants: wide loads need that."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    way, here, there = tl.arange(0, WAYS)[:, None], (row < M)[None, None, :], (column < F)[None, :]
-    group = column.to(tl.int64)[None, :] * N + way  # (WAYS, BLOCK_F)
+    m, f = indices(BLOCK_M, BLOCK_F)
+    way, of_x, of_w = tl.arange(0, WAYS)[:, None], (m < M)[None, None, :], (f < F)[None, :]
+    group = f.to(tl.int64)[None, :] * N + way  # (WAYS, BLOCK_F), of all the groups of W
     words_ptr += group[:, :, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, None, :]
-    x_ptr += row.to(tl.int64)[None, None, :] * N * GROUP + (way * GROUP + tl.arange(0, GROUP // 4)[None, :])[:, :, None]
-    next_scale = tl.load(scale_ptr + group, mask=there & (way < N), other=0.0)
+    d = way * GROUP + tl.arange(0, GROUP // 4)[None, :]  # (WAYS, GROUP / 4): the first quarter
+    x_ptr += m.to(tl.int64)[None, None, :] * N * GROUP + d[:, :, None]
+    next_scale = tl.load(scale_ptr + group, mask=of_w & (way < N), other=0.0)
     acc = tl.zeros((WAYS, BLOCK_F, BLOCK_M), tl.float32)
     for start in range(0, N, WAYS):
         live, scale, ahead = start + way < N, next_scale, start + WAYS
-        words = tl.load(words_ptr + start * (GROUP // 8), mask=(there & live)[:, :, None], other=0)
+        words = tl.load(words_ptr + start * (GROUP // 8), mask=(of_w & live)[:, :, None], other=0)
         # a step ahead, as scales are too narrow for the asynchronous copies that bring words and x in time
-        next_scale = tl.load(scale_ptr + group + ahead, mask=there & (ahead + way < N), other=0.0)
+        next_scale = tl.load(scale_ptr + group + ahead, mask=of_w & (ahead + way < N), other=0.0)
         product = tl.zeros_like(acc)
         for j in tl.static_range(4):
-            x = tl.load(x_ptr + start * GROUP + j * (GROUP // 4), mask=live[:, :, None] & here, other=0.0)
+            x = tl.load(x_ptr + start * GROUP + j * (GROUP // 4), mask=of_x & live[:, :, None], other=0.0)
             product = tl.dot(quarter(words, j, x.dtype), x, product, input_precision="ieee")
         acc += product * scale.to(tl.float32)[:, :, None]
-    store_sum(y_ptr, acc, row, column, M, F)
+    store_sum(y_ptr, acc, m, f, M, F)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
