@@ -67,7 +67,8 @@ def test_layouts_and_limits():
 def test_sm_90_neither_spills_nor_loads_narrowly(width, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.empty(8192, width, dtype=torch.bfloat16, device="meta")
-    for binary in (*aot.compile_launches("sm_90", kernels.add, x, x), *aot.compile_launches("sm_90", kernels.softmax, x)):
+    for binary in (*aot.compile_launches("sm_90", kernels.add, x, x),
+                   *aot.compile_launches("sm_90", kernels.softmax, x)):
         assert binary.spilled == 0 and binary.shared <= aot.SHARED_LIMIT["sm_90"], binary
         # a row of 64 is shorter than one wide load of every thread
         assert binary.loads == binary.wide_loads or (width == 64 and binary.kernel == "softmax_kernel"), binary
