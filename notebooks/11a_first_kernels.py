@@ -17,6 +17,8 @@
 # - compile a kernel for an H100 that is not there, and read the result.
 
 # %%
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import torch
 import triton
@@ -33,6 +35,10 @@ from triton_kernels.lens import OutOfBounds, Race, Trace
 
 lesson()
 generator = torch.Generator().manual_seed(11)
+
+
+def tell(error):
+    print(fill(f"{type(error).__name__}: {error}", 76))
 
 # %% [markdown]
 # ## 1 One program, many times
@@ -111,7 +117,7 @@ try:
     with Trace(x=x, y=y, z=z):
         add_tiles[(6,)](x, y, z, BLOCK=8)
 except OutOfBounds as error:
-    print(type(error).__name__, "-", str(error).replace("; ", ";\n"))
+    tell(error)
     assert "program (5, 0, 0)" in str(error)
 else:
     raise AssertionError("the lens must see it")
@@ -170,7 +176,7 @@ try:
     with Trace(x=x, sum=found):
         total[(4,)](x, found, BLOCK=8)
 except Race as error:
-    print(type(error).__name__, "-", error)
+    tell(error)
 else:
     raise AssertionError("the lens must see it")
 
@@ -478,8 +484,8 @@ binaries = [
     *aot.compile_launches("sm_90", rms_norm.backward, x, None, x, w, rstd)]
 for b in binaries:
     narrow = b.loads - b.wide_loads
-    print(f"{b.kernel:17} registers: {'few' if b.registers < 128 else 'many'},",
-          f"spills: {b.spilled > 0}, loads narrower than 128 bits: {narrow}")
+    print(f"{b.kernel:17} under 128 registers: {b.registers < 128},",
+          f"spills: {b.spilled > 0}, narrow loads: {narrow}")
     assert 16 <= b.registers < 128 and b.spilled == 0 and b.wide_loads > 0
     assert narrow == (b.kernel == "rms_norm_backward")
 
@@ -530,7 +536,7 @@ assert 0.1 < share["gpt2-124m"] < 0.3 and share["mai-1-dense"] < 0.02
 try:
     rms_norm.tiles(torch.empty(1, c.d_model, device="meta"))
 except ValueError as error:
-    print(error)
+    tell(error)
 else:
     raise AssertionError("a row this wide does not fit")
 
