@@ -37,8 +37,8 @@ lesson()
 generator = torch.Generator().manual_seed(11)
 
 
-def tell(error):
-    print(fill(f"{type(error).__name__}: {error}", 76))
+def told(error):
+    return fill(f"{type(error).__name__}: {error}", 76)
 
 # %% [markdown]
 # ## 1 One program, many times
@@ -117,7 +117,7 @@ try:
     with Trace(x=x, y=y, z=z):
         add_tiles[(6,)](x, y, z, BLOCK=8)
 except OutOfBounds as error:
-    tell(error)
+    print(told(error))
     assert "program (5, 0, 0)" in str(error)
 else:
     raise AssertionError("the lens must see it")
@@ -176,7 +176,7 @@ try:
     with Trace(x=x, sum=found):
         total[(4,)](x, found, BLOCK=8)
 except Race as error:
-    tell(error)
+    print(told(error))
 else:
     raise AssertionError("the lens must see it")
 
@@ -216,7 +216,8 @@ print("in order:", right[0], " shuffled:", right[1:])
 assert right == [True, False, False, False]
 
 # %% [markdown]
-# In none but the one where each tile follows its neighbour.
+# Only where each tile comes after its left neighbour, and that order is the one
+# we began with.
 #
 # ## 4 Count the bytes
 #
@@ -377,8 +378,9 @@ assert [i < ridge for i in intensity.values()] == [True] * 4 + [False]
 # Both are left of the ridge, which is at 295 FLOPs a byte. Even a product with
 # $n = 256$ waits for memory. A sum reaches less than a thousandth of the peak
 # (that of the tensor cores, which only products of matrices can use anyway).
-# The plan for all kernels on the left is the same: move fewer bytes. At full bandwidth, fused softmax takes two
-# fifths of the time of the three kernels, because it moves two fifths.
+# The plan for all kernels on the left is the same: move fewer bytes. At full
+# bandwidth, fused softmax takes two fifths of the time of the three kernels,
+# because it moves two fifths.
 #
 # ## 6 RMSNorm, the first real kernel
 #
@@ -500,7 +502,8 @@ for b in binaries:
 # %%
 odd = torch.empty(2**24 + 1, dtype=torch.bfloat16, device="meta")[1:]
 (narrow,) = aot.compile_launches("sm_90", lessons.add, odd, odd)
-print("odd start: wide loads", narrow.wide_loads, "of", narrow.loads)
+print("odd start: wide loads", narrow.wide_loads, "- but more loads:",
+      narrow.loads > binaries[0].loads)
 assert narrow.wide_loads == 0 and narrow.loads > binaries[0].loads
 x = torch.empty(8192, 16384, dtype=torch.bfloat16, device="meta")
 tight = aot.compile_kernel(lessons.softmax_kernel, "sm_90", x, x, 16384,
@@ -536,7 +539,7 @@ assert 0.1 < share["gpt2-124m"] < 0.3 and share["mai-1-dense"] < 0.02
 try:
     rms_norm.tiles(torch.empty(1, c.d_model, device="meta"))
 except ValueError as error:
-    tell(error)
+    print(told(error))
 else:
     raise AssertionError("a row this wide does not fit")
 
