@@ -123,8 +123,8 @@ else:
     raise AssertionError("the lens must see it")
 
 # %% [markdown]
-# A tile cannot be shorter, but lanes can be switched off. `mask` is a tile of
-# booleans; where it is false, nothing is read or written, and a load gives
+# A tile cannot be shorter, but its places, the *lanes*, can be switched off.
+# `mask` is a tile of booleans; where it is false, nothing is read or written, and a load gives
 # `other` instead. Here is the sum for any $N$, and the package's beside it.
 
 # %%
@@ -471,8 +471,9 @@ assert backward.loads["rstd_ptr"] == 4 * N
 #
 # A compiler needs no GPU either. `compile_launches` calls a launcher with
 # tensors on the `meta` device, which have shapes and no memory, and compiles
-# each kernel that it would launch, for the H100 (`sm_90`). What matters in
-# the machine code: *registers* (a thread has 255 at most), *spills* (values
+# each kernel that it would launch, for the H100 (`sm_90`). There a program is
+# 4 to 16 *warps* of 32 threads, which share its tile. What matters in the
+# machine code: *registers* (a thread has 255 at most), *spills* (values
 # that found no register and go to memory, uncounted by us), and whether loads
 # take 128 bits at a time.
 
