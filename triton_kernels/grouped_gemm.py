@@ -6,7 +6,7 @@ Rows from ends[-1] on belong to nobody: their results and gradients are zeros, a
 
     grouped_linear    y_i = x_i W_e^T                                          (N, D) -> (N, F)
     grouped_swiglu    g_i = x_index(i) G_e^T,  u_i = x_index(i) U_e^T          (T, D) -> (N, F)
-                      h_i = silu(g_i) u_i
+                      h_i = silu(g_i) u_i      (the gathered rows of x, e N D bytes, never lie in memory)
 
 Which expert has how many rows, the CPU never knows. The grid is for the worst case: cdiv(N, BLOCK_M) + E tiles of rows,
 since each of the E + 1 parts (nobody's rows are one) but one can cost a tile that is not full. A program loads `ends`,
