@@ -133,8 +133,8 @@ plt.show()
 # operations (FLOP), by the bytes of $a$ and $b$, and $S$ cancels: a square
 # tile does $\text{tile}/4$ FLOP a byte in float32, $\text{tile}/2$ in
 # bfloat16. This is its *arithmetic intensity*. A GPU asks for as much as it
-# computes while one byte arrives. For one H100 we quote 798 TFLOP/s in large
-# bfloat16 products and 3.0 TB/s in copies, both measured.
+# computes while one byte arrives. We quote what was measured on one H100: 798
+# TFLOP/s in large bfloat16 products, and 3.0 TB/s in copies.
 #
 # > **Predict.** How large must a square tile be? Its sums, in float32, have to
 # > fit into 256 KB of registers.
@@ -218,8 +218,9 @@ a, b = torch.randn(2, 256, 16, generator=generator)
 W, groups, strips = 16, [1, 2, 4, 8, 16], []
 for group in groups:
     c = torch.empty(256, 256)
+    strides = 16, 1, 1, 16  # b lies transposed
     with Trace(a=a, b=b) as t:
-        matmul_tiles[(W,)](a, b, c, 256, 256, 16, 16, 1, 1, 16, **tile,
+        matmul_tiles[(W,)](a, b, c, 256, 256, 16, *strides, **tile,
                            GROUP=group)
     touched = (t.reads("a") > 0).sum() + (t.reads("b") > 0).sum()
     strips.append(int(touched) // (16 * 16))
@@ -243,8 +244,8 @@ plt.show()
 
 # %% [markdown]
 # Nine strips on the left, six on the right: a wave that is nearly square shares
-# most, $\text{GROUP} \approx \sqrt W$. For 132 programs, 25 strips instead of
-# 133, by five lines of index arithmetic (`place` in
+# most, $\text{GROUP} \approx \sqrt W$. For 132 programs, about 25 strips
+# instead of 133, by five lines of index arithmetic (`place` in
 # [`matmul.py`](../triton_kernels/matmul.py)).
 #
 # ## 4 What `tl.dot` becomes
@@ -284,7 +285,7 @@ assert "FFMA" in binary.assembly
 #
 # Now the limits. The sums of a tile are spread over the threads of a program
 # (32 a warp), and a thread has 255 registers at most. If it needs more, the
-# compiler *spills*: it parks numbers in memory, in the innermost loop.
+# compiler *spills*: it parks numbers in memory, again and again.
 
 # %%
 sizes = [(64, 64, 4), (128, 128, 8), (128, 256, 8), (256, 256, 8)]
@@ -384,7 +385,7 @@ assert reads == [7, 6, 5, 4, 3, 2, 1]
 # %% [markdown]
 # Seven times and once: each tile of queries reads its past. The package's
 # [`flash_forward`](../triton_kernels/flash_attention.py) is the same walk with
-# five additions. Read it now.
+# six additions. Read it now.
 #
 # | addition | why |
 # |---|---|
@@ -393,6 +394,7 @@ assert reads == [7, 6, 5, 4, 3, 2, 1]
 # | three `PARTS` of the walk | tiles that are visible whole need no mask |
 # | the longest walks first | or a long one finishes alone |
 # | `_keys_of`: where to begin and end | a window, or documents, skip tiles too |
+# | `top` begins at $-10^{30}$ | a row may see nothing of its first tile, and $-\infty - (-\infty)$ is no number |
 #
 # We check it under all masks, in values and gradients, with four query heads on
 # two key heads (and small tiles for the CPU, so that a short text has many).
@@ -502,14 +504,14 @@ for name, ds in (("with delta", p * (dp - delta)), ("without", p * dp)):
         print(f"{name}: the rows sum to zero")
     except AssertionError as error:
         print(f"{name}: {type(error).__name__}")
-with_delta = p * (dp - delta) @ k * K**-0.5
 dq = kernels.backward(do, q, k, v, o, lse, None, None, K**-0.5)[0]
-assert_close(dq, with_delta, rtol=1e-4, atol=1e-5)
+by_hand = (p * (dp - delta)) @ k * K**-0.5
+assert_close(dq, by_hand, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
 # ## 8 The roofline of attention
 #
-# One causal head in bfloat16, $K = 128$: $2T^2K$ FLOP. *Scores in memory* are
+# One causal head in bfloat16, $K = 128$: $2T^2K$ useful FLOP. *Scores in memory* are
 # written and read twice, $8T^2$ bytes. With *tiles* of $n$ queries, keys and
 # values are read for each, about $2T^2K/n$ bytes. *Each number once* is
 # $8TK$. A head of 64k positions has 34 MB of keys and values, less than the L2
@@ -517,6 +519,8 @@ assert_close(dq, with_delta, rtol=1e-4, atol=1e-5)
 #
 # > **Predict.** Which of the three passes the 266 FLOP a byte of an H100, and
 # > from what length on?
+#
+# Tiles of 64 we can count; the rest are formulas.
 
 # %%
 def flash_bytes(T, tile, K=128):
@@ -725,8 +729,8 @@ check_key_tiles(key_tiles)
 # ## 10 At 500B
 #
 # `mai-1-dense` is this project's own proposal; MAI-1's dimensions were never
-# published. Its largest products multiply 8,192 tokens of 18,432 numbers by a
-# weight of 18,432 × 61,440, and its attention has 144 query heads on 8 key
+# published. The largest products of a layer are 8,192 tokens of 18,432 numbers
+# times a weight of 18,432 × 61,440; its attention has 144 query heads on 8 key
 # heads, $K = 128$.
 #
 # > **Predict.** How often does such a product read the weight, a row at a time,
