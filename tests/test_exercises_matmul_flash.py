@@ -9,14 +9,12 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
+import triton
+import triton.language as tl
 from exercise_checks import NOTEBOOKS, exercise_tests
 
-triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-
-import triton.language as tl  # noqa: E402
-
-from nanomai.exercises import matmul_flash as checks  # noqa: E402
-from triton_kernels.engine import Kernel  # noqa: E402
+from nanomai.exercises import matmul_flash as checks
+from triton_kernels.engine import Kernel
 
 HALF = (NOTEBOOKS / "11b_matmul_and_flash_attention.py").read_text(encoding="utf-8")
 
