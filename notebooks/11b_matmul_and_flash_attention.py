@@ -250,9 +250,10 @@ plt.show()
 #
 # ## 4 What `tl.dot` becomes
 #
-# The compiler needs no GPU. `aot` takes the very file that we have just run,
-# compiles it for an H100 (`sm_90`) and disassembles the result. A launch with
-# tensors on the `meta` device says shapes and types, and computes nothing.
+# The compiler needs no GPU. `aot` takes the very file that we have just run and
+# compiles it for an H100 (`sm_90`): Triton writes PTX, NVIDIA's portable
+# assembly, and NVIDIA's assembler makes machine code of it. Tensors on the
+# `meta` device have shapes and types, and compute nothing.
 #
 # > **Predict.** Does every `tl.dot` become a tensor-core instruction? Take
 # > tiles of 128 rows, then of 32 rows, then float32 in true precision.
@@ -268,20 +269,22 @@ def compiled(dtype=torch.bfloat16, **tile):
 cases = {"bfloat16, 128 rows": compiled(),
          "bfloat16, 32 rows": compiled(BLOCK_M=32, BLOCK_N=64, num_warps=4),
          "float32, 64 rows": compiled(torch.float32)}
+product = r"\b(wgmma\.mma_async|mma\.sync|HGMMA|HMMA)[.\w]+"
 for name, binary in cases.items():
-    unit = re.search(r"(HGMMA|HMMA)[.\w]+", binary.assembly)
-    print(f"{name:20}", unit[0] if unit else "no tensor core")
+    for text in (binary.ptx, binary.assembly):
+        unit = re.search(product, text)
+        print(f"{name:18}", unit[0] if unit else "no tensor core")
 units = [list(binary.tensor_core) for binary in cases.values()]
 assert units == [["HGMMA"], ["HMMA"], []]
 assert "FFMA" in binary.assembly
 
 # %% [markdown]
-# Only the first becomes the best. `HGMMA` (`wgmma` in PTX, the assembler that
-# Triton writes) lets 128 threads multiply 64 × 16 by 16 × 256 out of shared
-# memory: 524,288 FLOP in one instruction. It needs 64 rows; smaller tiles fall
-# back to `HMMA`, an older one that is fed from registers. float32 in `ieee`
-# precision is ordinary arithmetic (`FFMA`, one product a thread). No error, no
-# warning: only the assembly tells.
+# Only the first becomes the best (first line PTX, second machine code): `wgmma`
+# lets 128 threads multiply 64 × 16 by 16 × 256 out of shared memory, 524,288
+# FLOP in one instruction. It needs 64 rows; smaller tiles fall back to `mma`,
+# an older one that is fed from registers. float32 in `ieee` precision is
+# ordinary arithmetic (`FFMA`, one product a thread). No error, no warning: only
+# the assembly tells.
 #
 # Now the limits. The sums of a tile are spread over the threads of a program
 # (32 a warp), and a thread has 255 registers at most. If it needs more, the
