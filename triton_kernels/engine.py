@@ -24,13 +24,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction  # private: what @triton.jit makes; both engines start from it
 
 from triton_kernels.interpreter import KernelError, Observer, builder, interpret
 
-__all__ = ["LOCK", "Kernel", "KernelError", "observing", "recording"]
+__all__ = ["LOCK", "Kernel", "KernelError", "architecture", "observing", "recording"]
 
 LOCK = threading.RLock()
 # Understood by the compiler and without meaning here. Any other keyword must be a parameter, or a typo would pass.
@@ -79,6 +80,14 @@ class Kernel:
                 interpret(self.jit, grid, arguments)
             else:
                 raise ValueError(f"{self.name}: tensors on {place!r} run on no engine; move them to cuda or cpu")
+
+
+def architecture(x: Tensor) -> str:
+    """The line of a table of tiles for the device that x is on."""
+    if x.device.type != "cuda":
+        return "cpu"
+    major = torch.cuda.get_device_capability(x.device)[0]
+    return "gfx942" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def _place(name: str, arguments: dict[str, Any]) -> str:

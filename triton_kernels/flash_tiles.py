@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from triton_kernels.engine import architecture
+
 # (BLOCK_Q, BLOCK_K, warps, stages) of flash_forward at K <= 64 and K = 128, of flash_dq, of flash_dkdv
 TILES = {
     "sm_80": ((128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2), (32, 128, 8, 3), (32, 64, 8, 3)),
@@ -26,10 +28,7 @@ def constants(kernel: int, q: Tensor, k: Tensor, window: int | None, reach: Tens
 
     q (B, H, T, K), k (B, G, S, K); reach is None without documents; arch None asks where q lies.
     """
-    if arch is None and q.device.type == "cuda":
-        major = torch.cuda.get_device_capability(q.device)[0]
-        arch = "gfx942" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-    block_q, block_k, warps, stages = TILES[arch or "cpu"][2 * kernel + (q.shape[-1] > 64)]
+    block_q, block_k, warps, stages = TILES[arch or architecture(q)][2 * kernel + (q.shape[-1] > 64)]
     if q.dtype == torch.float32:  # products without tensor cores, out of registers
         size = min(block_q, block_k, 32 if q.shape[-1] <= 64 else 16)
         block_q, block_k, warps, stages = size, size, 8, 1

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.engine import architecture
+
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) for each of KERNELS
 KERNELS = "product", "swiglu", "dw", "gathered dw"
 TILES = {
@@ -30,10 +32,7 @@ GROUP = 8  # tiles of rows that share what L2 holds of the weight
 
 def constants(kernel: str, x: Tensor, width: int, arch: str | None) -> dict[str, int]:
     """What one of KERNELS is compiled with on `arch`, for rows like x and others of `width`; None asks where x lies."""
-    if arch is None and x.device.type == "cuda":
-        major = torch.cuda.get_device_capability(x.device)[0]
-        arch = "gfx942" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-    m, n, k, warps, stages = TILES[arch or "cpu"][KERNELS.index(kernel)]
+    m, n, k, warps, stages = TILES[arch or architecture(x)][KERNELS.index(kernel)]
     if x.dtype == torch.float32 or x.shape[1] % 16 or width % 16:  # no tensor cores; no wide loads: many registers
         m, n, k, warps, stages = min(m, 64), min(n, 32), min(k, 32), 4, 1
     return {"GROUP": GROUP, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}

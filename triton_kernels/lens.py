@@ -130,6 +130,7 @@ class Trace:
         another. Up to 16 x 16 elements carry their number.
         """
         import matplotlib.pyplot as plt  # late: tests and training that trace need no plots
+        from matplotlib.ticker import MaxNLocator
 
         what = what or ("owners" if (self.owners(name) != NOBODY).any() else "reads")
         grid = {"owners": self.owners, "reads": self.reads}[what](name)
@@ -142,7 +143,10 @@ class Trace:
                 ax.text(column, row, "-" if value == NOBODY else value, ha="center", va="center", fontsize=8,
                         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1})
         label = "program that wrote it" if what == "owners" else "times read"
-        ax.figure.colorbar(image, ax=ax, label=label)
+        ax.figure.colorbar(image, ax=ax, label=label, ticks=MaxNLocator(integer=True))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(False)
         ax.set(xlabel="column", ylabel="row", title=f"{name} {tuple(self._of(name).tensor.shape)}: {label}")
         return ax
 

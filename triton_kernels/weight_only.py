@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.engine import Kernel
+from triton_kernels.engine import Kernel, architecture
 
 # (BLOCK_M of few rows, of more, BLOCK_F, WAYS, stages); a warp for each way. Found with aot.py and not yet timed: no
 # spills, at most 99 KB of shared memory (to serve sm_86, sm_89 and sm_120), two programs a multiprocessor of sm_90.
@@ -180,14 +180,6 @@ def int4_forward(x_ptr, words_ptr, scale_ptr, y_ptr, M, F, N, BLOCK_M: tl.conste
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
-
-
-def architecture(x: Tensor) -> str:
-    """The line of TILES for the device that x is on."""
-    if x.device.type != "cuda":
-        return "cpu"
-    major = torch.cuda.get_device_capability(x.device)[0]
-    return "gfx942" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def launch(kernel: Kernel, x: Tensor, weight: Tensor, scale: Tensor, length: int, bytes_a_way: int, arch: str | None,
