@@ -20,7 +20,7 @@ ONE     := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test kernels soak lab nb bench lint clean
+.PHONY: help setup train test kernels soak lab nb bench gpu lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F '|' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -50,6 +50,9 @@ nb: $(READY) ## execute the notebooks anew from their .py halves (ARGS="notebook
 bench: $(READY) ## measure training and sampling speed (ARGS="--peer ../nanoGPT" beside a checkout of yours)
 	$(PY) benchmarks/train_step.py $(ARGS)
 	$(PY) benchmarks/generate.py $(ARGS)
+
+gpu: ## on a CUDA GPU: test every kernel, measure it and training (no install: PYTHON=python3 has torch)
+	$(or $(wildcard $(PY)),$(PYTHON),python3) benchmarks/gpu.py $(ARGS)
 
 lint: $(READY) ## check the style
 	$(PY) -m ruff check .

@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --peer ../nanoGPT            # beside a nanoGPT checkout of yours, with ratios
     python benchmarks/train_step.py --only 10M --json results.json
     python benchmarks/train_step.py --only 124M --variants bf16 "as shipped"   # fewer at once, for less memory
+    python benchmarks/train_step.py --device cuda                # 124M, 350M, 1.5B on one GPU: see train_gpu.py
 
 Each variant lives in a process of its own, so that its peak memory is its own; the processes take turns, a few steps
 each, so that a slow minute of the machine slows all of them alike. Figures are medians over the turns. MFU is the share
@@ -21,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting variants must not spin on the cores of the one that runs
 
 # name: layers, d_model, query heads, key-value heads, d_ff, vocabulary, sequence length, sequences in a batch
@@ -45,12 +48,33 @@ PEER = {
 }
 
 
-def our_step(shape: tuple, dtype: str, compiled: bool, activation: str = "swiglu"):
-    """A step as `nanomai.train` makes it: document ids, summed loss, clipping, fused AdamW."""
+def build(config, device: str, kernels: str):
+    """A model on `device`. This is where a variant says which kernels it uses: auto, torch, triton, or names."""
+    import torch
+
+    from nanomai.model import build_model
+
+    with torch.device("meta" if device == "cuda" else "cpu"):
+        model = build_model(config)
+    if device == "cuda":  # any weights will do, and a GPU draws 1.5 billion at once
+        model = model.to_empty(device=device)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(1.0) if p.ndim == 1 else p.normal_(0.0, config.init_std)
+    if kernels != "auto":
+        model.set_kernels(kernels)
+    return model
+
+
+def our_step(shape: tuple, dtype: str, compiled: bool, activation: str = "swiglu", device: str = "cpu",
+             kernels: str = "auto", documents: tuple[int, ...] | None = (), micro_batches: int = 1):
+    """A step as `nanomai.train` makes it: document ids, summed loss, clipping, fused AdamW.
+
+    `documents`: the lengths of each row's; () is one document a row, None gives no ids at all.
+    """
     import torch
 
     from nanomai.config import ModelConfig, OptimConfig
-    from nanomai.model import build_model
     from nanomai.optim import build_optimizers, set_learning_rate
     from nanomai.parallel.apply import clip_gradients, parallelize
     from nanomai.parallel.mesh import Mesh
@@ -59,17 +83,23 @@ def our_step(shape: tuple, dtype: str, compiled: bool, activation: str = "swiglu
     d_ff = d_ff if activation == "swiglu" else 3 * d_ff // 2  # two matrices for three: the same parameters
     config = ModelConfig(n_layers=layers, d_model=d, n_heads=heads, n_kv_heads=kv_heads, head_dim=d // heads, d_ff=d_ff,
                          vocab_size=vocab, context_length=t, activation=activation)
-    model = build_model(config)
+    model = build(config, device, kernels)
     model.compute_dtype = getattr(torch, dtype)
     parallelize(model, Mesh(), compiled)
     optimizers = build_optimizers(model, OptimConfig())
     set_learning_rate(optimizers, 1e-3)
     ids, targets = torch.randint(0, vocab, (2, batch, t))
-    documents = torch.zeros(batch, t, dtype=torch.int32)
+    lengths = torch.tensor(documents or (t,))
+    rows = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths).repeat(batch, 1)
+    inputs = ids, targets, rows if documents is not None else None
 
     def step() -> None:
-        model(ids, targets, documents, reduction="sum").backward()
-        clip_gradients(model, 1.0, targets.numel())
+        for _ in range(micro_batches):
+            on_device = (x if x is None else x.to(device, non_blocking=True) for x in inputs)
+            model(*on_device, reduction="sum").backward()
+        norm = clip_gradients(model, 1.0, targets.numel() * micro_batches)
+        if device == "cuda":
+            norm.item()  # the trainer looks before it steps: it skips what is not finite
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -183,7 +213,7 @@ def compare(name: str, peer: str | None, threads: int, turns: int, chosen: list[
     return rows
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="a checkout of nanoGPT to measure beside")
     parser.add_argument("--only", help="shapes whose name begins with this")
@@ -191,10 +221,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=150, help="on a GPU: what is left after them is skipped")
+    parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path, help="on a GPU: the folder")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return work(json.loads(arguments.worker))
+    if arguments.device == "cuda":
+        from benchmarks import train_gpu
+
+        return train_gpu.run(arguments.only or "", arguments.variants, arguments.seconds, arguments.out)
     import torch
 
     from nanomai.machine import describe
@@ -216,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

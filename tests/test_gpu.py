@@ -3,9 +3,9 @@
     make gpu                                  # on a machine with one: these tests, then all measurements
     pytest -m gpu tests/test_gpu.py           # the tests alone
 
-The rule needs no tolerance that somebody chose: the error against float64 may be twice that of torch's own operations in
-the same dtype, and 1e-6. The same code runs in every `make test` at tiny sizes, through the interpreter, so that it is
-not the test that fails when a GPU is at hand at last.
+The rule needs no tolerance that somebody chose: the error against float64 may be twice that of torch's own operations
+in the same dtype, and 1e-6. The same code runs in every `make test` at tiny sizes, through the interpreter, so that it
+is not the test that fails when a GPU is at hand at last.
 """
 
 import pytest
@@ -112,7 +112,7 @@ def test_error_is_at_most_twice_that_of_torch(device, case, dtype):
 
 
 def rows_of_tables():
-    """(table, row, case, device): every table of tiles, every row that a GPU of this kind can be given, every case that uses it."""
+    """(table, row, case, device): every row that a GPU of this kind can be given, with every case that uses it."""
     for name, (table, cases) in kernel_cases.TABLES.items():
         for row in table:
             if row == "gfx942" and not torch.version.hip:
