@@ -84,7 +84,8 @@ def main() -> int:
         failed += [f"{part}: see its list above"] * (status != 0)
     wrote = ", ".join(str(p.relative_to(ROOT)) for p in (
         results / "gpu-tests.txt", *sorted(results.glob("kernels-*")), *sorted(results.glob("train_step-*"))))
-    print(f"{time.monotonic() - began:.0f} s; in {wrote}; " + ("failed: " + "; ".join(failed) if failed else "all well"))
+    verdict = "failed: " + "; ".join(failed) if failed else "all well"
+    print(f"{time.monotonic() - began:.0f} s; in {wrote}; {verdict}")
     return 1 if failed else 0
 
 

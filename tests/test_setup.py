@@ -83,7 +83,7 @@ def test_make_help_shows_every_target():
 
 
 def test_every_target_that_needs_the_packages_sets_up_first():
-    for target in set(found(r"^\.PHONY: (.*)$").split()) - {"help", "clean", "gpu"}:  # gpu runs where nothing can be installed
+    for target in set(found(r"^\.PHONY: (.*)$").split()) - {"help", "clean", "gpu"}:
         assert found(rf"^{target}: (\S*)") == "$(READY)", target
 
 

@@ -1,0 +1,62 @@
+"""The measuring scripts run from end to end on the CPU, so that their first run on a GPU is not their first run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu, kernel_cases, kernel_report, train_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_kernels_measures_every_case(tmp_path):
+    done = subprocess.run([sys.executable, "benchmarks/kernels.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "kernels-cpu-tiny.json").read_text())["rows"]
+    measured = {(r["kernel"], r["column"]) for r in rows if r.get("ms", 0) > 0}
+    assert measured >= {(c.kernel, column) for c in kernel_cases.tiny() for column in ("eager", "compiled", "ours")}
+    assert {r["column"] for r in rows if "error" in r} <= {"varlen_attn"}  # that one has no CPU form
+
+
+def test_out_of_time_is_said(tmp_path):
+    done = subprocess.run([sys.executable, "benchmarks/kernels.py", "--device", "cpu", "--tiny", "--out", str(tmp_path),
+                           "--seconds", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "could not be measured" in done.stdout
+
+
+def test_training_on_a_gpu_but_for_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpu, "RUNS", [("tiny", "causal"), ("tiny", "documents")])
+    monkeypatch.setitem(train_gpu.VARIANTS, "documents", {"documents": (40, 24)})
+    row = train_gpu.measure(train_gpu.SHAPES["tiny"], train_gpu.VARIANTS["documents"], "cpu", 0.0)
+    assert row["steps"] >= 3 and row["tokens_per_second"] > 0
+    assert train_gpu.run("", ["causal"], 100, tmp_path, "cpu") == 0
+    assert "| tiny | causal |" in (tmp_path / "train_step-cpu.md").read_text()
+    assert train_gpu.run("", ["causal"], 0, tmp_path, "cpu") == 1
+
+
+def test_bars():
+    def row(kernel, shape, column, which, ms, rate=1.0, unit="bytes", mib=1.0):
+        return {"kernel": kernel, "shape": shape, "column": column, "pass": which, "ms": ms, "rate": rate,
+                "unit": unit, "peak_mib": mib, "p20": ms, "p80": ms}
+
+    rows = [row("swiglu", "Llama-3-8B", "ours", "forward", 1.0, rate=90.0),
+            row("attention", "124M", "ours", "forward", 2.0), row("attention", "124M", "cuDNN", "forward", 1.0),
+            row("linear_cross_entropy", "124M", "ours", "both", 1.0, mib=1.0),
+            row("linear_cross_entropy", "124M", "eager", "both", 1.0, mib=8.0)]
+    text = kernel_report.bars_table(kernel_report.Results({"bytes": 100.0, "operations": 100.0}, rows))
+    assert "swiglu Llama-3-8B forward: share of the copy ceiling | 0.85 | 0.90 | met" in text
+    assert "cuDNN's time / ours | 0.60 | 0.50 | missed by 17%" in text
+    assert "eager's peak memory / ours | 4.00 | 8.00 | met" in text and "not measured" in text
+
+
+def test_the_tests_for_a_gpu_are_found():
+    """With the options of pyproject.toml put aside, as where its plugins are not installed."""
+    groups = gpu.groups()
+    assert {"attention", "adamw", "linear_cross_entropy", "others"} <= groups.keys()
+    assert all("cuda" in test for group in groups.values() for test in group)
