@@ -20,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanomai import ops
 from triton_kernels import adamw as adamw_kernel
 from triton_kernels import cross_entropy as cross_entropy_kernel
-from triton_kernels import flash_attention, flash_tiles, qk_norm_rope
+from triton_kernels import flash_attention, flash_tiles, grouped_gemm, grouped_tiles, qk_norm_rope
 from triton_kernels import linear_cross_entropy as linear_cross_entropy_kernel
 from triton_kernels import rms_norm as rms_norm_kernel
 from triton_kernels import swiglu as swiglu_kernel
+from triton_kernels import weight_only as weight_only_kernel
 
 EPS = 1e-5
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -225,6 +226,85 @@ def attention(shape: str, B: int, T: int, H: int, G: int, K: int, window: int | 
     return Case(kind, shape, make, eager, ours, "operations", (flops, 2.5 * flops), {} if window else libraries)
 
 
+def routing(N: int, E: int, k: int) -> tuple[Tensor, list[int]]:
+    """k experts for each of N tokens, drawn alike each time: the tokens of the sorted pairs, and where experts end."""
+    experts = torch.rand(N, E, generator=torch.Generator("cpu").manual_seed(0), device="cpu").topk(k).indices.flatten()
+    ends = experts.bincount(minlength=E).cumsum(0)
+    return experts.argsort(stable=True) // k, ends.tolist()
+
+
+def by_expert(rows: Tensor, stops: list[int]) -> list[Tensor]:
+    """The rows of each expert. `stops` is on the host: a loop that asked the GPU would wait for it."""
+    return [rows[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def grouped_linear(shape: str, N: int, D: int, F_: int, E: int, k: int) -> Case:
+    """The product of each expert with its rows."""
+    _, stops = routing(N, E, k)
+
+    def make(dtype):
+        ends = torch.tensor(stops, dtype=torch.int32)
+        return values(N * k, D, dtype=dtype), values(E, F_, D, dtype=dtype, scale=D ** -0.5), ends
+
+    def eager(x, weight, ends):
+        return torch.cat([rows @ w.T for rows, w in zip(by_expert(x, stops), weight, strict=True)])
+
+    flops = 2 * N * k * D * F_
+    return Case("grouped_linear", shape, make, eager, grouped_gemm.grouped_linear, "operations", (flops, 2 * flops),
+                {"F.grouped_mm": lambda x, weight, ends: F.grouped_mm(x, weight.mT, offs=ends)})
+
+
+def grouped_swiglu(shape: str, N: int, D: int, F_: int, E: int, k: int) -> Case:
+    """Gather, two products and SwiGLU of the experts that each token was sent to."""
+    tokens, stops = routing(N, E, k)
+
+    def make(dtype):
+        ends = torch.tensor(stops, dtype=torch.int32)
+        w_gate, w_up = (values(E, F_, D, dtype=dtype, scale=D ** -0.5) for _ in range(2))
+        return values(N, D, dtype=dtype), w_gate, w_up, ends, tokens.to(ends.device)
+
+    def eager(x, w_gate, w_up, ends, index):
+        rows = by_expert(x[index], stops)
+        return torch.cat([F.silu(r @ g.T) * (r @ u.T) for r, g, u in zip(rows, w_gate, w_up, strict=True)])
+
+    def library(x, w_gate, w_up, ends, index):
+        rows = x[index]
+        return F.silu(F.grouped_mm(rows, w_gate.mT, offs=ends)) * F.grouped_mm(rows, w_up.mT, offs=ends)
+
+    flops = 4 * N * k * D * F_
+    return Case("grouped_swiglu", shape, make, eager, grouped_gemm.grouped_swiglu, "operations", (flops, 2 * flops),
+                {"F.grouped_mm": library})
+
+
+class RoundedLinear:
+    """A linear layer in the dtype of its input, made once of what a quantised one holds."""
+
+    weight = None
+
+    def __init__(self, dequantize: Callable):
+        self.dequantize = dequantize
+
+    def __call__(self, x, quantized, scale) -> Tensor:
+        if self.weight is None or self.weight.device != x.device:
+            self.weight = self.dequantize(quantized, scale).to(x.dtype)
+        return F.linear(x, self.weight)
+
+
+def weight_only(bits: int, shape: str, M: int, D: int, F_: int) -> Case:
+    """A linear layer of int8 or int4 weights for M rows. Its gradient is a product of the library's, not timed here."""
+    quantize, dequantize = ((weight_only_kernel.quantize_int8, weight_only_kernel.dequantize_int8) if bits == 8 else
+                            (weight_only_kernel.quantize_int4, weight_only_kernel.dequantize_int4))
+
+    def make(dtype):
+        return values(M, D, dtype=dtype), *quantize(torch.randn(F_, D))
+
+    scales = 4 * F_ if bits == 8 else 2 * F_ * D // 128
+    return Case(f"int{bits}_linear", shape, make, lambda x, q, scale: x @ dequantize(q, scale).to(x.dtype).T,
+                weight_only_kernel.int8_linear if bits == 8 else weight_only_kernel.int4_linear,
+                "bytes", (F_ * D * bits // 8 + scales + 2 * M * (D + F_), None),
+                {"bfloat16 linear": RoundedLinear(dequantize)})
+
+
 # --- The shapes -------------------------------------------------------------------------------------------------------
 
 # tokens, T, D, H, G, K, F, V
@@ -233,6 +313,8 @@ MODELS = {
     "1.5B": (16_384, 4096, 2048, 16, 16, 128, 5632, 50_304),
     "Llama-3-8B": (8192, 4096, 4096, 32, 8, 128, 14_336, 128_256),
 }
+EXPERTS = {"Mixtral": (4096, 4096, 14_336, 8, 2), "fine-grained": (16_384, 2048, 1024, 64, 6)}  # N, D, F, E, k
+MATRICES = ((4096, 4096), (4096, 14_336), (14_336, 4096))  # D and F of Llama-3-8B's
 PARAMETERS = {"124M": 124_000_000, "1.5B": 1_500_000_000, "Llama-3-8B": 218_112_000}  # of the last: those of a block
 
 
@@ -255,12 +337,18 @@ def measured() -> list[Case]:
     """What kernels.py measures, what matters most first."""
     models = [of_a_model(shape, *sizes) for shape, sizes in MODELS.items()]
     cases = [case for same in zip(*models, strict=True) for case in same if case.kernel != "attention_window"]
+    cases += [case(shape, *sizes) for shape, sizes in EXPERTS.items() for case in (grouped_swiglu, grouped_linear)]
+    cases += [weight_only(bits, f"M{M} {D}x{F_}", M, D, F_) for bits in (4, 8) for D, F_ in MATRICES
+              for M in (1, 4, 8, 16)]
     return cases + [adamw(shape, n) for shape, n in PARAMETERS.items()]
 
 
 def tiny() -> list[Case]:
     """Everything once at sizes for the interpreter; uneven on purpose."""
-    return [*of_a_model("tiny", 2 * 40, 40, 24, 4, 2, 16, 33, 97), adamw("tiny", 1000)]
+    experts, matrix = (19, 24, 40, 3, 2), (5, 256, 33)
+    return [*of_a_model("tiny", 2 * 40, 40, 24, 4, 2, 16, 33, 97), adamw("tiny", 1000),
+            grouped_linear("tiny", *experts), grouped_swiglu("tiny", *experts),
+            weight_only(8, "tiny", *matrix), weight_only(4, "tiny", *matrix)]
 
 
 def ragged() -> list[Case]:
@@ -274,6 +362,9 @@ def ragged() -> list[Case]:
             masks = ({}, {"window": 100}, {"documents": of_documents(T)})
             cases += [attention(f"T{T} K{K}", 2, T, 4, 2, K, **mask) for mask in masks]
         cases.append(qk_norm_rope_(f"K{K}", 2, 131, 6, 3, K))
+    for experts in ((257, 130, 67, 5, 3), (511, 256, 192, 16, 2), (3, 64, 48, 8, 1)):
+        cases += [case("x".join(map(str, experts)), *experts) for case in (grouped_linear, grouped_swiglu)]
+    cases += [weight_only(bits, f"M{M}", M, 1024, F_) for bits in (4, 8) for M, F_ in ((1, 511), (9, 64), (33, 129))]
     return cases
 
 
@@ -282,7 +373,9 @@ def real() -> list[Case]:
     cases = []
     for shape, (_, _, *widths) in MODELS.items():
         cases += of_a_model(shape, 2048, 1024, *widths)
-    return [*cases, adamw("real", 2**22)]
+    experts = (1024, 2048, 1024, 16, 4)
+    return [*cases, adamw("real", 2**22), grouped_linear("real", *experts), grouped_swiglu("real", *experts),
+            *(weight_only(bits, f"M{M} real", M, 4096, 4096) for bits in (4, 8) for M in (1, 8, 16))]
 
 
 # A table of tiles, and the cases that use all of it: every row of the table is tested on every GPU.
@@ -290,4 +383,9 @@ TABLES: dict[str, tuple[dict[str, tuple], list[Case]]] = {
     "flash_attention": (flash_tiles.TILES, [
         attention(f"K{K}", 2, 300, 2, 1, K, **mask)
         for K in (64, 128) for mask in ({}, {"window": 100}, {"documents": of_documents(300)})]),
+    "grouped_gemm": (grouped_tiles.TILES, [
+        case(name, *experts) for name, experts in (("even", (150, 128, 96, 5, 2)), ("odd", (150, 130, 71, 5, 2)))
+        for case in (grouped_linear, grouped_swiglu)]),
+    "weight_only": (weight_only_kernel.TILES, [
+        weight_only(bits, f"M{M}", M, 512, 96) for bits in (4, 8) for M in (3, 16, 40)]),
 }

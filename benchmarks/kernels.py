@@ -171,6 +171,7 @@ class Worker:
         command += ["--tiny"] * arguments.tiny + ["--once"] * (once or arguments.tiny)
         self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.process.kill)
+        self.timer.daemon = True  # it must not keep a parent that failed
         self.timer.start()
 
     def ask(self, name: str):

@@ -44,10 +44,6 @@ class Cpu:
         """The most memory since `start_peak`, beyond what was allocated then."""
         return None
 
-    def capability(self) -> str:
-        """The architecture, as the tables of tiles call it."""
-        return "cpu"
-
     def matmul_ceiling(self) -> float:
         """Operations a second of a large bfloat16 product."""
         n = self.matmul_size
@@ -107,10 +103,6 @@ class Gpu(Cpu):
     def peak_bytes(self) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - self.before
-
-    def capability(self) -> str:
-        major = torch.cuda.get_device_capability()[0]
-        return "gfx942" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
     def facts(self) -> dict[str, str]:
         capability = ".".join(map(str, torch.cuda.get_device_capability()))

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_kernels_measures_every_case(tmp_path):
-    done = subprocess.run([sys.executable, "benchmarks/kernels.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)],
-                          cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "benchmarks/kernels.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads((tmp_path / "kernels-cpu-tiny.json").read_text())["rows"]
     measured = {(r["kernel"], r["column"]) for r in rows if r.get("ms", 0) > 0}
