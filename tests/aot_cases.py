@@ -18,10 +18,14 @@ from triton_kernels import (
     aot,
     cross_entropy,
     flash_attention,
+    grouped_gemm,
+    lessons,
     linear_cross_entropy,
+    matmul,
     qk_norm_rope,
     rms_norm,
     swiglu,
+    weight_only,
 )
 
 TOKENS, LENGTH, EPS = 16_384, 1024, 1e-6
@@ -31,6 +35,8 @@ MODELS = {
     "1.5B": (2048, 16, 16, 128, 5632, 50_304),
     "8B": (4096, 32, 8, 128, 14_336, 128_256),
 }
+# name -> width, width of an expert, experts, how many of them a token goes to
+MIXTURES = {"8 experts": (4096, 14_336, 8, 2), "64 experts": (2048, 1024, 64, 8)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Cases = Iterator[tuple[str, Callable, tuple]]
 
@@ -100,20 +106,55 @@ def adamws(_target: str) -> Cases:
         yield dtype, adamw.update, (p, p, m, m, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0)
 
 
-FAMILIES = [rms_norms, cross_entropies, swiglus, qk_norm_ropes, flash_attentions, adamws]
+def grouped_gemms(target: str) -> Cases:
+    for name, (D, F, E, k) in MIXTURES.items():
+        x, rows, inner = (meta(*shape, dtype=torch.bfloat16)
+                          for shape in ((TOKENS, D), (TOKENS * k, D), (TOKENS * k, F)))
+        w, down = meta(E, F, D, dtype=torch.bfloat16), meta(E, D, F, dtype=torch.bfloat16)
+        ends, index = meta(E, dtype=torch.int32), meta(TOKENS * k, dtype=torch.int64)
+        yield f"{name} swiglu", grouped_gemm.swiglu_forward, (x, w, w, ends, index, True, target)
+        yield (f"{name} swiglu backward", grouped_gemm.swiglu_backward,
+               (inner, x, w, w, inner, inner, ends, index, target))
+        yield f"{name} linear", grouped_gemm.linear_forward, (inner, down, ends, target)
+        yield f"{name} linear backward", grouped_gemm.linear_backward, (rows, inner, down, ends, target)
+
+
+def weight_onlys(target: str) -> Cases:
+    for rows in 1, 8, 16:
+        D = F = MODELS["8B"][0]
+        x, q = meta(rows, D, dtype=torch.bfloat16), meta(F, D, dtype=torch.int8)
+        packed, scales = meta(F, D // 2, dtype=torch.uint8), meta(F, D // 128, dtype=torch.bfloat16)
+        yield f"{rows} rows", weight_only.int8_launch, (x, q, meta(F), target)
+        yield f"{rows} rows", weight_only.int4_launch, (x, packed, scales, target)
+
+
+def the_lessons(target: str) -> Cases:
+    x, w = (meta(*shape, dtype=torch.bfloat16) for shape in ((TOKENS, 4096), (4096, 4096)))
+    yield "4096 bf16", lessons.add, (x, x)
+    yield "4096 bf16", lessons.softmax, (x,)
+    if target == "sm_90":  # the tile of the lesson is for this target alone
+        yield "bf16", matmul.multiply, (x, w)
+        yield "bf16 backward", matmul.multiply, (x, w.T)
+
+
+FAMILIES = [rms_norms, cross_entropies, swiglus, qk_norm_ropes, flash_attentions, adamws, grouped_gemms, weight_onlys,
+            the_lessons]
 
 # --- The snapshot: a file for each version of Triton, a line for each binary -----------------------------------------
 
 
 def launches(target: str, families: list[Callable[[str], Cases]] = FAMILIES) -> dict[str, tuple]:
-    """Name of a line of the snapshot -> (kernel, arguments, meta)."""
+    """Name of a line of the snapshot -> (kernel, arguments, meta). Of launches of one binary, the family's first."""
     found = {}
     for family in families:
+        binaries = set()
         for case, launcher, args in family(target):
-            for kernel, *rest in aot.launches(launcher, *args):
-                name = f"{target} {kernel.name} {case}"
-                assert name not in found, f"{family.__name__}: two launches are called {name!r}"
-                found[name] = kernel, *rest
+            for launch in aot.launches(launcher, *args):
+                name, binary = f"{target} {launch[0].name} {case}", fingerprint(target, launch)
+                if binary not in binaries:
+                    assert name not in found, f"{family.__name__}: two binaries are called {name!r}"
+                    binaries.add(binary)
+                    found[name] = launch
     return found
 
 

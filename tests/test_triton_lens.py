@@ -111,6 +111,35 @@ def test_views_have_their_own_elements():
         Trace(a=base[0], b=base)
 
 
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 3)], ids=["the whole", "a part"])
+def test_a_view_in_a_wider_dtype_counts_as_the_elements_that_it_covers(rows):
+    packed, y = torch.arange(64, dtype=torch.uint8).view(4, 16), torch.zeros(4, 16, dtype=torch.uint8)
+    words, out = (t[rows].view(torch.int32).view(-1) for t in (packed, y))
+    with Trace(packed=packed, y=y) as t:
+        run(words, out)
+    assert torch.equal(out, words)
+    assert t.loads == {"packed": 4 * words.numel(), "y": 0} and t.stores == {"packed": 0, "y": 4 * words.numel()}
+    read = np.zeros((4, 16), int)
+    read[rows] = 1
+    assert (t.reads("packed") == read).all() and ((t.owners("y") != -1) == read).all()
+    with Trace(packed=packed, y=y), pytest.raises(OutOfBounds, match=rf"x_ptr = packed, which has {words.numel()}"):
+        run(words, out, n=words.numel() + 1)
+
+
+def test_races_through_a_view_in_a_wider_dtype_are_found():
+    y = torch.zeros(192, dtype=torch.uint8)
+    with Trace(y=y), pytest.raises(Race, match=r"read of y\[0\] after a write of it by program number 0"):
+        neighbours[(3,)](torch.zeros(48), y.view(torch.float32), 48, OFFSET=-16, BLOCK=16)
+    with Trace(halves=y.view(torch.int16), flat=(flat := torch.zeros(192, dtype=torch.uint8))) as t:
+        run(y, flat)  # narrower: two bytes of each element, on their own
+    assert t.loads["halves"] == 192 and t.reads("halves").tolist() == [2] * 96
+    with pytest.raises(ValueError, match="words and y share memory"):
+        Trace(y=y, words=y.view(torch.int32))
+    columns = y.view(12, 16)[:, :4]
+    with Trace(columns=columns), pytest.raises(ValueError, match="x_ptr and columns share memory"):
+        run(y.view(torch.int32), torch.zeros(48, dtype=torch.int32))  # reaches past what is watched
+
+
 @pytest.mark.parametrize("offset", [16, -16], ids=["read before write", "read after write"])
 @pytest.mark.parametrize("shuffle", [None, 0, 1])
 def test_a_race_of_reads_and_writes_is_found_in_any_order(offset, shuffle):

@@ -11,8 +11,8 @@ and no program may touch what another program of the same launch writes (`Race`)
 order, at the same time. `shuffle=seed` runs them in a random order, so that a hidden dependence shows in the numbers.
 
 Tensors that the caller does not name get the name of the kernel's parameter. A view counts as its own elements,
-strides and all; two names for one element are refused. Bytes are those of the active lanes: what a cache of the GPU
-serves again is counted again. Not seen: races between threads inside one program.
+strides and all, whatever its dtype; two names for one element are refused. Bytes are those of the active lanes: what a
+cache of the GPU serves again is counted again. Not seen: races between threads inside one program.
 """
 
 from __future__ import annotations
@@ -56,11 +56,16 @@ class _Elements:
             raise ValueError(f"{name}: its strides {tensor.stride()} put two elements at one address")
 
     def find(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """The index of the element that holds `size` bytes at each address; -1 where there is none."""
+        """(addresses, elements of each): the indices of those that hold `size` bytes there; -1 where there is none.
+
+        One element, or several where the access is wider: four of uint8 for a load through a view as int32.
+        """
+        part = min(size, self.size)
+        addresses = addresses[:, None] + np.arange(0, size, part)
         if not self.sorted.size:
             return np.full(addresses.shape, -1)
         slot = np.searchsorted(self.sorted, addresses, side="right") - 1
-        inside = (slot >= 0) & (addresses + size <= self.sorted[slot] + self.size)
+        inside = (slot >= 0) & (addresses + part <= self.sorted[slot] + self.size)
         return np.where(inside, self.order[slot], -1)
 
 
@@ -181,7 +186,7 @@ class Trace:
         else:
             candidates = [self._arguments[parameter]]
         for name, legal in candidates:
-            inside = legal.find(addresses, size) >= 0
+            inside = (legal.find(addresses, size) >= 0).all(1)
             if inside.any():
                 self._touch(kind, name, addresses[inside], size)
             addresses = addresses[~inside]
@@ -196,14 +201,14 @@ class Trace:
 
     def _touch(self, kind: str, name: str, addresses: np.ndarray, size: int) -> None:
         watched = self._watched[name]
-        elements = watched.elements.find(addresses, size)
+        elements = watched.elements.find(addresses, size).ravel()
         if self.races:
             self._check_races(kind, name, watched, elements)
         if kind in ("read", "atomic"):
-            self.loads[name] += size * elements.size
+            self.loads[name] += size * addresses.size
             np.add.at(watched.reads, elements, 1)
         if kind in ("write", "atomic"):
-            self.stores[name] += size * elements.size
+            self.stores[name] += size * addresses.size
             watched.owners[elements] = self.number
 
     def _check_races(self, kind: str, name: str, watched: _Watched, elements: np.ndarray) -> None:
