@@ -1,6 +1,7 @@
 """What every `test_exercises_*.py` asks of the checks of a notebook: they take its own solutions, reject what a learner
 may well write instead, and meet a stub kindly. A check returns nothing: what it says is in what it prints."""
 
+import linecache
 import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,14 +11,37 @@ import pytest
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
-def printed_solutions(notebook: str, **names) -> SimpleNamespace:
-    """Every function in the fenced blocks of the notebook's `<details>`; `names` is what it had imported for them."""
+def printed_blocks(notebook: str) -> list[str]:
+    """The fenced blocks of the notebook's `<details>`."""
     half = (NOTEBOOKS / f"{notebook}.py").read_text(encoding="utf-8")
     prose = "\n".join(line[2:] for line in half.splitlines() if line.startswith("#"))
-    for details in re.findall(r"<details>.*?</details>", prose, re.DOTALL):
-        for block in re.findall(r"```python\n(.*?)```", details, re.DOTALL):
-            exec(block, names)
+    return [block for details in re.findall(r"<details>.*?</details>", prose, re.DOTALL)
+            for block in re.findall(r"```python\n(.*?)```", details, re.DOTALL)]
+
+
+def run_cell(source: str, names: dict) -> None:
+    """Runs `source` as a cell of a notebook: its lines can be read again, as Triton reads those of a kernel."""
+    file = f"<cell {hash(source)}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), names)
+
+
+def printed_solutions(notebook: str, **names) -> SimpleNamespace:
+    """All that the notebook's solutions define; `names` is what it had imported for them."""
+    for block in printed_blocks(notebook):
+        run_cell(block, names)
     return SimpleNamespace(**names)
+
+
+def edited_solution(notebook: str, name: str, fault: str, *edits: tuple[str, str], **names):
+    """The printed solution called `name` with each (sound, broken) of `edits`, as a function called `fault`."""
+    (source,) = (block for block in printed_blocks(notebook) if re.search(rf"^def {name}\b", block, re.MULTILINE))
+    for sound, broken in edits:
+        assert sound in source, f"{name} has no {sound!r}"
+        source = source.replace(sound, broken)
+    run_cell(source, names)
+    names[name].__name__ = fault
+    return names[name]
 
 
 def exercise_tests(checks: ModuleType, solved: SimpleNamespace, wrong: dict[str, list[tuple]]) -> type:

@@ -1,48 +1,22 @@
 """The checks of `notebooks/11a_first_kernels` take its own solutions, and reject what a learner may well write instead.
 
-A kernel is rewritten from its source, so a printed solution needs lines that can be read again; a wrong answer is an
-edit of it.
+Both engines read a kernel's source, so a wrong answer is an edit of the printed solution.
 """
 
-import linecache
-import re
-from types import SimpleNamespace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pytest
 import triton
 import triton.language as tl
-from exercise_checks import NOTEBOOKS, exercise_tests
+from exercise_checks import edited_solution, exercise_tests, printed_solutions
 
 from nanomai.exercises import first_kernels as checks
 from triton_kernels.engine import Kernel
 
-PROSE = "\n".join(line[2:] for line in (NOTEBOOKS / "11a_first_kernels.py").read_text(encoding="utf-8").splitlines())
-BLOCKS = re.findall(r"```python\n(.*?)```", PROSE, re.DOTALL)
-SOURCES = {re.search(r"def (\w+)", block)[1]: block for block in BLOCKS}
-
-
-def defined(name: str, source: str):
-    """The kernel `name` of `source`, as a cell of a notebook would define it."""
-    file = f"<{name} {hash(source)}>"
-    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
-    names = {"triton": triton, "tl": tl, "Kernel": Kernel}
-    exec(compile(source, file, "exec"), names)
-    return names[name]
-
-
-def wrong(kernel: str, fault: str, *edits: tuple[str, str]):
-    """The printed solution with these edits, under the name of its fault."""
-    source = SOURCES[kernel]
-    for sound, broken in edits:
-        assert sound in source, sound
-        source = source.replace(sound, broken)
-    answer = defined(kernel, source)
-    answer.__name__ = fault
-    return answer
-
-
-SOLVED = SimpleNamespace(**{name: defined(name, source) for name, source in SOURCES.items()})
+NOTEBOOK, NAMES = "11a_first_kernels", {"triton": triton, "tl": tl, "Kernel": Kernel}
+SOLVED = printed_solutions(NOTEBOOK, **NAMES)
+wrong = partial(edited_solution, NOTEBOOK, **NAMES)
 
 WRONG = {
     "bias_relu": [

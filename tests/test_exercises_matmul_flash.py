@@ -1,41 +1,21 @@
 """The checks of `notebooks/11b_matmul_and_flash_attention` take its own solutions, and reject what a learner may well
-write. Both engines read a kernel's source, so a slip is an edit of the printed solution that gets a source of its own.
+write. Both engines read a kernel's source, so a slip is an edit of the printed solution.
 """
 
 import inspect
-import linecache
 import re
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import triton
 import triton.language as tl
-from exercise_checks import NOTEBOOKS, exercise_tests
+from exercise_checks import NOTEBOOKS, edited_solution, exercise_tests, printed_solutions, run_cell
 
 from nanomai.exercises import matmul_flash as checks
 from triton_kernels.engine import Kernel
 
-HALF = (NOTEBOOKS / "11b_matmul_and_flash_attention.py").read_text(encoding="utf-8")
-
-
-def written(source: str, name: str):
-    """What `source` defines last, as a cell of a notebook would: its lines can be read again."""
-    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
-    names = {"triton": triton, "tl": tl, "Kernel": Kernel}
-    exec(compile(source, name, "exec"), names)
-    return names[re.findall(r"^def (\w+)", source, re.MULTILINE)[-1]]
-
-
-def printed() -> dict[str, str]:
-    """Name -> source of every solution in the notebook's `<details>`."""
-    prose = "\n".join(line[2:] for line in HALF.splitlines() if line.startswith("#"))
-    blocks = re.findall(r"<details>(?:(?!</details>).)*?```python\n(.*?)```", prose, re.DOTALL)
-    return {re.findall(r"^def (\w+)", block, re.MULTILINE)[-1]: block for block in blocks}
-
-
-SOLUTIONS = printed()
-SOLVED = SimpleNamespace(**{name: written(source, f"<{name}>") for name, source in SOLUTIONS.items()})
+NOTEBOOK, NAMES = "11b_matmul_and_flash_attention", {"triton": triton, "tl": tl, "Kernel": Kernel}
+SOLVED = printed_solutions(NOTEBOOK, **NAMES)
 
 SLIPS = {
     "matmul_ragged": [
@@ -67,14 +47,8 @@ SLIPS = {
 }
 
 
-def slip(name, what, sound, broken):
-    assert SOLUTIONS[name].count(sound) == 1, f"{sound!r} occurs {SOLUTIONS[name].count(sound)} times in {name}"
-    answer = written(SOLUTIONS[name].replace(sound, broken), f"<{name}: {what}>")
-    answer.__name__ = what
-    return answer
-
-
-WRONG = {name: [(slip(name, *edit), message) for *edit, message in slips] for name, slips in SLIPS.items()}
+WRONG = {name: [(edited_solution(NOTEBOOK, name, fault, edit, **NAMES), message) for fault, *edit, message in slips]
+         for name, slips in SLIPS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +64,11 @@ TestExercises = exercise_tests(checks, SOLVED, WRONG)
 
 @pytest.mark.parametrize("name", ["matmul_ragged", "decode"])
 def test_the_notebook_s_own_stub_is_not_solved_yet(name, capsys):
-    (cell,) = re.findall(rf"^(@Kernel\n@triton.jit\ndef {name}\(.*?)\n\n\n", HALF, re.MULTILINE | re.DOTALL)
-    getattr(checks, f"check_{name}")(written(cell, f"<{name}: stub>"))
+    half = (NOTEBOOKS / f"{NOTEBOOK}.py").read_text(encoding="utf-8")
+    (cell,) = re.findall(rf"^(@Kernel\n@triton.jit\ndef {name}\(.*?)\n\n\n", half, re.MULTILINE | re.DOTALL)
+    names = dict(NAMES)
+    run_cell(cell, names)
+    getattr(checks, f"check_{name}")(names[name])
     assert capsys.readouterr().out == "not solved yet\n"
 
 
