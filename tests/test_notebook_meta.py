@@ -119,7 +119,7 @@ BUGS = {
         Bug("the lens misses reads of what was written", "../triton_kernels/lens.py",
             '"read": ("write", "atomic")', '"read": ("atomic",)', soak=True),
         Bug("the lens counts numbers, not bytes", "../triton_kernels/lens.py",
-            "self.loads[name] += size * elements.size", "self.loads[name] += elements.size", soak=True),
+            "self.loads[name] += size * addresses.size", "self.loads[name] += addresses.size", soak=True),
         Bug("the compiler is not told what 16 divides", "../triton_kernels/aot.py",
             "if specialise and _divisible(value)", "if specialise and False and _divisible(value)", soak=True),
         Bug("every tensor begins at a multiple of 16", "../triton_kernels/aot.py",
