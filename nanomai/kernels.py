@@ -1,7 +1,7 @@
 """Which implementation an operation uses: PyTorch's, or the Triton kernel beside it.
 
 "torch" is written in PyTorch's operations, which torch.compile fuses; "triton" is the kernel in `triton_kernels/`,
-compiled on a GPU and interpreted, slowly, on a CPU; "auto" is torch but for the kernels in AUTO on a GPU.
+compiled for a GPU and interpreted, slowly, on a CPU; "auto" is torch but for the kernels in AUTO on a GPU.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 KERNELS = ("rms_norm", "rotary", "attention", "masked_attention", "swiglu", "linear_cross_entropy")
 
-AUTO = ("masked_attention", "linear_cross_entropy")
+AUTO = ("masked_attention",)
 """What `auto` takes on a GPU: a kernel enters for a win over torch.compile in benchmarks/results/, or for memory. None
-has been measured there yet, so these two stand for memory alone. A mask as a matrix takes B T T bytes, and with it the
-library leaves its fastest kernels; the logits of a chunk stand once, in bfloat16, beside two float32 copies in torch.
+has been measured there yet, so this one stands for memory alone: a mask as a matrix takes B T T bytes, and with it the
+library leaves its fastest kernels. linear_cross_entropy waits for a measurement: PyTorch's is chunked as well.
 """
 
 OURS = Path(__file__).resolve().parents[1] / "triton_kernels" / "__init__.py"
@@ -29,7 +29,7 @@ def find_foreign() -> str | None:
 
 
 FOREIGN = find_foreign()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = all(importlib.util.find_spec(name) is not None for name in ("triton", "triton_kernels"))
 
 
 def uses_triton(name: str, on_gpu: bool, impl: str) -> bool:
@@ -55,9 +55,9 @@ def require() -> None:
 def parse(setting: str) -> frozenset[str] | None:
     """What `train.kernels` names: `torch` no kernel, `triton` all, a list with commas those; `auto` is None."""
     whole = {"auto": None, "torch": frozenset(), "triton": frozenset(KERNELS)}
-    if setting in whole:
-        return whole[setting]
+    if setting.strip() in whole:
+        return whole[setting.strip()]
     names = frozenset(name.strip() for name in setting.split(","))
     if unknown := sorted(names - set(KERNELS)):
-        raise ValueError(f"kernels {unknown[0]!r} is not one of auto, torch, triton, {', '.join(KERNELS)}")
+        raise ValueError(f"kernels {unknown[0]!r}: give auto, torch or triton alone, or a list of {', '.join(KERNELS)}")
     return names

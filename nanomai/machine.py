@@ -59,6 +59,8 @@ def resolve(config: Config, device: torch.device, world_size: int = 1, before: C
     """The configuration with every `auto` decided; as it was in `before`, where a run is resumed."""
     if before is not None:
         kept = {f: getattr(before.train, f) for f in KEPT if getattr(config.train, f) in ("auto", 0)}
+        if kept.get("kernels") == "auto" or device.type != "cuda":  # a run of before there were any; or none runs here
+            kept["kernels"] = "torch" if config.train.kernels == "auto" else config.train.kernels
         config = replace_fields(config, train=replace_fields(config.train, **kept))
     train = config.train
     dtype = train.dtype
@@ -78,13 +80,36 @@ def _kernels(config: Config, device: torch.device) -> str:
         chosen = kernels.parse(config.train.kernels)
         if chosen:
             kernels.require()
+            _require_use(config, chosen)
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error), "train.kernels") from None
     if chosen is not None:
         return config.train.kernels
-    too_wide = {"masked_attention"} if config.model.head_dim > 128 else set()
-    taken = [k for k in kernels.AUTO if kernels.uses_triton(k, device.type == "cuda", "auto") and k not in too_wide]
+    unfit = _unfit(config)
+    taken = [k for k in kernels.AUTO if kernels.uses_triton(k, device.type == "cuda", "auto") and k not in unfit]
     return ",".join(taken) or "torch"
+
+
+def _unfit(config: Config) -> dict[str, str]:
+    """Kernel -> why this model is too large for it."""
+    model, unfit = config.model, {}
+    if model.head_dim > 128:
+        unfit |= dict.fromkeys(("attention", "masked_attention"), f"head_dim {model.head_dim} is above 128")
+    if model.d_model > 8192 and model.norm == "rmsnorm":
+        unfit["rms_norm"] = f"d_model {model.d_model} is above 8192"
+    return unfit
+
+
+def _require_use(config: Config, chosen: frozenset[str]) -> None:
+    """ValueError for a kernel that was asked for and that this model cannot use, or has no use for."""
+    model, unfit = config.model, _unfit(config)
+    if config.train.kernels.strip() != "triton":  # which is all that there is a use for
+        unfit |= {"attention": "in training every sample has documents: choose masked_attention"}
+        unfit |= {} if model.norm == "rmsnorm" else {"rms_norm": f"the norm is {model.norm}"}
+        unfit |= {} if model.activation == "swiglu" else {"swiglu": f"the activation is {model.activation}"}
+        unfit |= {} if model.position == "rope" else {"rotary": f"positions are {model.position}"}
+    for name in sorted(chosen & unfit.keys()):
+        raise ValueError(f"kernels {name!r} cannot be used: {unfit[name]}")
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:

@@ -175,6 +175,8 @@ class Transformer(Part):
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction {reduction!r} must be 'mean' or 'sum'")
+        if document_ids is not None and document_ids.shape != ids.shape:
+            raise ValueError(f"document_ids {tuple(document_ids.shape)} must have the shape of ids, {tuple(ids.shape)}")
         x, rotary, mask = self._enter(ids, document_ids, cache)
         for i, block in enumerate(self.blocks.values()):
             x = block(x, rotary, mask, None if cache is None else cache.layers[i])
@@ -201,8 +203,8 @@ class Transformer(Part):
         if cache is not None:
             mask = cache.mask(positions, keys, config.sliding_window)
         else:
-            mask = ops.training_mask(positions, config.sliding_window, document_ids, config.head_dim,
-                                     self.impl("masked_attention"))
+            impl = "torch" if x.dtype == torch.float64 else self.impl("masked_attention")
+            mask = ops.training_mask(positions, config.sliding_window, document_ids, config.head_dim, impl)
         return x, rotary, mask
 
 

@@ -24,6 +24,11 @@ from nanomai.kernels import uses_triton
 IGNORE = -100  # a target that carries no loss
 
 
+def _fits(x: Tensor) -> bool:
+    """Whether `auto` may give x to a kernel: they run on GPUs and compute in float32."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
 def _wide(x: Tensor) -> torch.dtype:
     """float32, or float64 where the input already is."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -34,7 +39,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str = "auto") -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467). (..., D) -> (..., D)"""
-    if uses_triton("rms_norm", x.is_cuda, impl):
+    if uses_triton("rms_norm", _fits(x), impl):
         from triton_kernels.rms_norm import rms_norm as kernel
         return kernel(x, weight, eps)
     wide = _wide(x)
@@ -49,7 +54,7 @@ def rms_norm_plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """(s, rms_norm(s)) with s = x + residual: one pass over memory for what every block does twice."""
-    if uses_triton("rms_norm", x.is_cuda, impl):
+    if uses_triton("rms_norm", _fits(x), impl):
         from triton_kernels.rms_norm import add_rms_norm as kernel
         return kernel(x, residual, weight, eps)
     s = x + residual
@@ -90,7 +95,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def qk_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """`rotary` of queries (B, H, T, K) and keys (B, G, T, K)."""
-    if uses_triton("rotary", q.is_cuda, impl):
+    if uses_triton("rotary", _fits(q), impl):
         from triton_kernels.qk_norm_rope import qk_norm_rope as kernel
         return kernel(q, k, cos, sin)
     return rotary(q, cos, sin), rotary(k, cos, sin)
@@ -110,7 +115,7 @@ def rotary_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # more: at T = 1024 they are a fifth of all that a 124M model needs, for 7 % of its speed.
 EXPLICIT_SCORES_LIMIT = 512 * 512
 # The library's kernels, best first: on an H100 cuDNN's is reported 1.7 to 2.3 times as fast as flash attention 2, which
-# the library would take (pytorch/pytorch 142132).
+# the library would take (pytorch/pytorch 142132). It plans anew for each shape, so not where a cache grows by tokens.
 LIBRARY_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                      SDPBackend.MATH]
 
@@ -159,7 +164,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | FlashMask | None =
     q (B, H, T, K); k, v (B, G, S, K) with G dividing H; mask broadcasts to (B, H, T, S), True where a query may
     look, or is a FlashMask; None is causal, the queries being the last T of the S positions. Returns (B, H, T, K).
     """
-    if isinstance(mask, FlashMask) or uses_triton("attention", q.is_cuda, impl):
+    if isinstance(mask, FlashMask) or uses_triton("attention", _fits(q), impl):
+        if impl == "torch":
+            raise TypeError("attention: a FlashMask is for the kernel; training_mask(impl='torch') gives a matrix")
         if isinstance(mask, Tensor):
             raise TypeError("attention: the kernel takes a FlashMask, as training_mask makes it, and no matrix; "
                             "use impl='torch' with this mask")
@@ -171,7 +178,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | FlashMask | None =
     square = q.shape[2] == k.shape[2]
     if mask is None and not square:
         mask = causal_mask(q, k)
-    with sdpa_kernel(LIBRARY_ATTENTION, set_priority=True):
+    with sdpa_kernel(LIBRARY_ATTENTION if square else LIBRARY_ATTENTION[1:], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                               enable_gqa=q.shape[1] != k.shape[1])
 
@@ -198,7 +205,7 @@ def causal_mask(q: Tensor, k: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202): two of (...) -> (...)"""
-    if uses_triton("swiglu", gate.is_cuda, impl):
+    if uses_triton("swiglu", _fits(gate), impl):
         from triton_kernels.swiglu import swiglu as kernel
         return kernel(gate, up)
     return F.silu(gate) * up
@@ -223,7 +230,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
     through logits, loss and both gradients before the next begins (as Liger-Kernel, arXiv 2410.10989, does on a GPU);
     the loss is a plain sum, so the backward pass only has to scale what was stored.
     """
-    if uses_triton("linear_cross_entropy", hidden.is_cuda, impl):
+    if uses_triton("linear_cross_entropy", _fits(hidden), impl):
         from triton_kernels.linear_cross_entropy import linear_cross_entropy as kernel
         return kernel(hidden, weight, targets, bias)
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, torch.is_grad_enabled())

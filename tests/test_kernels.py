@@ -25,8 +25,10 @@ def test_what_a_setting_means():
     assert kernels.parse("torch") == frozenset()
     assert kernels.parse("triton") == kernels.parse(ALL) == set(kernels.KERNELS)
     assert kernels.parse("swiglu, rms_norm") == {"swiglu", "rms_norm"}
-    with pytest.raises(ValueError, match="kernels 'swiglo' is not one of auto, torch, triton, rms_norm"):
-        kernels.parse("rms_norm,swiglo")
+    assert kernels.parse(" triton ") == set(kernels.KERNELS)
+    for setting, wrong in (("rms_norm,swiglo", "swiglo"), ("auto,swiglu", "auto"), ("torch,triton", "torch")):
+        with pytest.raises(ValueError, match=f"kernels '{wrong}': give auto, torch or triton alone, or a list of rms_"):
+            kernels.parse(setting)
 
 
 def test_a_model_hands_it_to_every_part():
@@ -51,15 +53,15 @@ def test_auto_is_decided_once(monkeypatch):
     monkeypatch.setattr(machine, "_has_fast_bfloat16", lambda device: True)
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
     assert resolved("auto") == "torch"
-    assert resolved("auto", GPU) == "masked_attention,linear_cross_entropy"
-    assert resolved("auto", GPU, head_dim=192) == "linear_cross_entropy"
+    assert resolved("auto", GPU) == "masked_attention"
+    assert resolved("auto", GPU, head_dim=192) == "torch"
     assert resolved("torch", GPU) == "torch" and resolved("swiglu", GPU) == "swiglu"
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
     assert resolved("auto", GPU) == "torch"
 
 
 def test_wrong_settings_are_one_line(monkeypatch):
-    with pytest.raises(ConfigError, match=r"kernels 'flash' is not one of auto, .*masked_attention") as error:
+    with pytest.raises(ConfigError, match=r"kernels 'flash': give auto, .*masked_attention") as error:
         resolved("flash")
     assert error.value.field == "train.kernels"
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
@@ -96,3 +98,35 @@ def test_a_foreign_package_of_that_name(first, tmp_path):
         last = done.stderr.strip().splitlines()[-1]
         assert done.stdout.split() == ["tensor(True)"]
         assert last.startswith("ImportError: triton_kernels is another project's package") and str(package) in last
+
+
+@pytest.mark.parametrize("setting, model, why", [
+    ("attention", {}, "every sample has documents: choose masked_attention"),
+    ("rms_norm", {"norm": "layernorm"}, "the norm is layernorm"), ("swiglu", {"activation": "gelu"}, "is gelu"),
+    ("rotary", {"position": "learned"}, "positions are learned"), ("triton", {"head_dim": 192}, "192 is above 128"),
+    ("swiglu,masked_attention", {"head_dim": 130}, "130 is above 128"), ("triton", {"d_model": 8200}, "above 8192")])
+def test_a_kernel_that_the_model_cannot_use_is_refused(setting, model, why):
+    pytest.importorskip("triton")
+    with pytest.raises(ConfigError, match=f"cannot be used: .*{why}"):
+        resolved(setting, **model)
+    assert resolved("triton", norm="layernorm", activation="gelu", position="learned") == "triton"
+
+
+def test_what_a_run_used_is_kept_where_it_can_be():
+    pytest.importorskip("triton")
+
+    def resumed(saved: str, device, now="auto"):
+        before, config = (Config(train=TrainConfig(kernels=k)) for k in (saved, now))
+        return machine.resolve(config, device, before=before).train.kernels
+
+    assert resumed("masked_attention", CPU) == "torch", "the interpreter would take days"
+    assert resumed("auto", CPU) == "torch" and resumed("torch", CPU) == "torch"
+    assert resumed("masked_attention", CPU, now="masked_attention") == "masked_attention"
+
+
+def test_what_a_run_used_is_kept_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "_has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
+    for saved, now in (("auto", "torch"), ("torch", "torch"), ("masked_attention", "masked_attention")):
+        before = Config(train=TrainConfig(kernels=saved))
+        assert machine.resolve(Config(), GPU, before=before).train.kernels == now

@@ -39,7 +39,7 @@ def test_in_a_pipe(capsys):
     assert capsys.readouterr().out == """\
 nano: 853,120 parameters, 4 layers of 128, 5.9 MFLOP a token
 on a CPU; matrix products reach 200 GFLOP/s
-dtype float32, compile off, threads 2, micro_batch 32
+dtype float32, compile off, kernels auto, threads 2, micro_batch 32
 writing to runs/nano
 
 step   1/100  loss 1.235  val   -   bits/byte  12,346 tokens/s  MFU 43%   -  left

@@ -184,3 +184,14 @@ def test_heads_too_wide_for_the_kernel_keep_the_matrix(monkeypatch):
     monkeypatch.setattr(ops, "uses_triton", lambda name, on_gpu, impl: impl != "torch")
     assert isinstance(ops.training_mask(torch.arange(5), 2, None, 128), ops.FlashMask)
     assert isinstance(ops.training_mask(torch.arange(5), 2, None, 129), torch.Tensor)
+
+
+def test_a_flash_mask_is_for_the_kernel():
+    q = torch.randn(1, 2, 5, 16)
+    with pytest.raises(TypeError, match="a FlashMask is for the kernel"):
+        ops.attention(q, q, q, ops.FlashMask(2, None), impl="torch")
+
+
+def test_document_ids_have_the_shape_of_ids():
+    with pytest.raises(ValueError, match=r"document_ids \(1, 19\) must have the shape of ids, \(2, 19\)"):
+        build_model(MODEL)(*batch(), DOCUMENTS[:1])

@@ -1,5 +1,6 @@
 """The engine: a kernel runs where its tensors are; the interpreter is right about bfloat16, threads and errors."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -252,9 +253,11 @@ def test_what_cannot_run_says_why():
 
 def test_cuda_tensors_are_compiled(monkeypatch):
     """Which engine follows from the device alone; here no GPU is needed to see it."""
-    launched = []
-    monkeypatch.setattr("triton_kernels.engine._place", lambda name, arguments: "cuda")
+    launched, current = [], []
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr("triton_kernels.engine._place", lambda name, arguments: gpu)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device) or contextlib.nullcontext())
     monkeypatch.setattr(triton.JITFunction, "__getitem__", lambda self, grid: (
         lambda *args, **meta: launched.append((grid, args, meta))))
     scaled[(3,)](1, 2, 3, 4.0, BLOCK=4, num_warps=8)
-    assert launched == [((3,), (1, 2, 3, 4.0), {"BLOCK": 4, "num_warps": 8})]
+    assert launched == [((3,), (1, 2, 3, 4.0), {"BLOCK": 4, "num_warps": 8})] and current == [gpu]

@@ -257,3 +257,11 @@ def test_sm_90_neither_spills_nor_loads_narrowly(width, window, with_documents, 
         assert binary.spilled == 0 and binary.shared <= aot.SHARED_LIMIT["sm_90"], binary
         assert binary.tensor_core.get("HGMMA", 0) and "HMMA" not in binary.tensor_core, binary
         assert binary.wide_loads >= 16, binary  # of q, k, v, o and do; lse, delta and reach are one number a row
+
+
+def test_documents_of_another_batch_are_refused():
+    q, ids = torch.randn(3, 2, 20, 16), torch.zeros(1, 20, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"document_ids \(1, 20\); must be \(3, 20\)"):
+        kernels.flash_attention(q, q, q, document_ids=ids)
+    with pytest.raises(ValueError, match=r"reach \(1, 2, 20\); must be \(3, 2, 20\)"):
+        kernels.flash_attention(q, q, q, reach=kernels.document_reach(ids))

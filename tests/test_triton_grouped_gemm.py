@@ -335,3 +335,10 @@ def test_sm_90_where_every_int_is_one(tmp_path, monkeypatch):
     """The launcher makes constants of them, which are no blocks; and in float32 the products take the registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert all(binary.spilled == 0 for binary in binaries("sm_90", torch.float32, 1, 1, 1, 1, 1))
+
+
+def test_ends_may_lie_apart_in_memory():
+    x, weight = torch.randn(9, 16), torch.randn(2, 8, 16)
+    apart = torch.tensor([[4, 7], [9, 7]], dtype=torch.int32)[:, 0]
+    assert torch.equal(kernels.grouped_linear(x, weight, apart),
+                       kernels.grouped_linear(x, weight, apart.contiguous()))

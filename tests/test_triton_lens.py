@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from triton_kernels.engine import Kernel
+from triton_kernels.interpreter import builder
 from triton_kernels.lens import OutOfBounds, Race, Trace
 
 
@@ -214,3 +215,12 @@ def test_pictures(monkeypatch):
     assert again.get_title().endswith("times read") and {text.get_text() for text in again.texts} == {"1"}
     axes.figure.canvas.draw()
     plt.close("all")
+
+
+def test_an_open_trace_keeps_watching_when_it_is_opened_again():
+    x = torch.zeros(4)
+    with Trace(x=x) as trace:
+        with pytest.raises(RuntimeError, match="a Trace is open already"), trace:
+            pass
+        assert builder.observer is trace
+    assert builder.observer is None

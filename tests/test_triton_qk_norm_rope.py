@@ -190,3 +190,11 @@ def test_sm_90_neither_spills_nor_loads_narrowly(width, normed, tmp_path, monkey
                    *aot.compile_launches("sm_90", kernels.backward, q, k, *saved, cos, cos, weight, weight, EPS)):
         assert binary.spilled == 0 and binary.shared <= aot.SHARED_LIMIT["sm_90"], binary
         assert binary.loads == binary.wide_loads > 0, binary
+
+
+def test_a_weight_that_is_one_number_in_memory():
+    q, (cos, sin) = torch.randn(1, 2, 5, 16), ops.rotary_table(torch.arange(5), 16, 1e4)
+    ones = torch.ones(1)
+    got = kernels.qk_norm_rope(q, q, cos, sin, ones.expand(16), ones.expand(16))
+    want = kernels.qk_norm_rope(q, q, cos, sin, torch.ones(16), torch.ones(16))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])

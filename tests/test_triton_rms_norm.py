@@ -151,3 +151,13 @@ def test_sm_90_neither_spills_nor_loads_narrowly(width, tmp_path, monkeypatch):
         assert binary.spilled == 0 and binary.shared <= aot.SHARED_LIMIT["sm_90"], binary
         narrow = binary.loads - binary.wide_loads  # of rstd: one number a row
         assert narrow <= 2 * binary.kernel.endswith("backward"), binary
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, weight = torch.randn(3, 5, 16), torch.randn(16)
+    with pytest.raises(ValueError, match=r"a weight of shape \(8,\) for rows of 16 numbers"):
+        kernels.rms_norm(x, weight[:8], 1e-5)
+    with pytest.raises(ValueError, match=r"residual \(5, 16\) torch.float32; they must be alike"):
+        kernels.add_rms_norm(x, x[0], weight, 1e-5)
+    with pytest.raises(ValueError, match="they must be alike"):
+        kernels.add_rms_norm(x.bfloat16(), x, weight, 1e-5)

@@ -70,16 +70,17 @@ class Kernel:
         arguments = self.arguments(args, kwargs)
         place = _place(self.name, arguments)
         with LOCK:
-            if place == "cuda":
+            if place.type == "cuda":
                 if builder.observer is not None:
                     raise RuntimeError(f"{self.name}: a Trace watches the CPU only; move the tensors there")
-                self.jit[grid](*args, **kwargs)
+                with torch.cuda.device(place):  # Triton launches on the current GPU, wherever the tensors are
+                    self.jit[grid](*args, **kwargs)
             elif builder.recorder is not None:
                 builder.recorder(self, args, kwargs)
-            elif place == "cpu":
+            elif place.type == "cpu":
                 interpret(self.jit, grid, arguments)
             else:
-                raise ValueError(f"{self.name}: tensors on {place!r} run on no engine; move them to cuda or cpu")
+                raise ValueError(f"{self.name}: tensors on {place.type!r} run on no engine; move them to cuda or cpu")
 
 
 def architecture(x: Tensor) -> str:
@@ -90,8 +91,8 @@ def architecture(x: Tensor) -> str:
     return "gfx942" if torch.version.hip else {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def _place(name: str, arguments: dict[str, Any]) -> str:
-    """The kind of device that all tensors are on."""
+def _place(name: str, arguments: dict[str, Any]) -> torch.device:
+    """The device that all tensors are on."""
     tensors = {k: v.device for k, v in arguments.items() if isinstance(v, Tensor)}
     if not tensors:
         raise ValueError(f"{name}: no tensor among the arguments, so nothing says where to run")
@@ -99,7 +100,7 @@ def _place(name: str, arguments: dict[str, Any]) -> str:
     for other, device in tensors.items():
         if device != tensors[first]:
             raise ValueError(f"{name}: {first} is on {tensors[first]} and {other} on {device}; move one of them")
-    return tensors[first].type
+    return tensors[first]
 
 
 @contextlib.contextmanager

@@ -210,7 +210,6 @@ def flash_dkdv(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, 
 
 
 # --- Launchers: they allocate, choose the tiles, and launch -----------------------------------------------------------
-
 def forward(q: Tensor, k: Tensor, v: Tensor, reach: Tensor | None, window: int | None, scale: float,
             arch: str | None = None) -> tuple[Tensor, Tensor]:
     """(o, lse)"""
@@ -264,8 +263,8 @@ flash_attention_op.register_autograd(_gradients, setup_context=_save)
 
 def document_reach(document_ids: Tensor) -> Tensor:
     """Of each position the first and the last position of its document, whatever the order: (B, S) -> (B, 2, S)."""
-    ids, position = document_ids.contiguous().sort(dim=1, stable=True)
-    slots = [torch.searchsorted(ids, document_ids.contiguous(), right=right) - int(right) for right in (False, True)]
+    ids, position = (document_ids := document_ids.contiguous()).sort(dim=1, stable=True)
+    slots = [torch.searchsorted(ids, document_ids, right=right) - int(right) for right in (False, True)]
     return torch.stack([position.gather(1, slot) for slot in slots], 1).int()
 
 
@@ -273,21 +272,21 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, 
                     reach: Tensor | None = None) -> Tensor:
     """Causal softmax(q k^T / sqrt(K)) v: (B, H, T, K) and two of (B, G, S, K) -> (B, H, T, K).
 
-    document_ids (B, S): integers in any order, of all S positions even where T < S; or `reach`, what document_reach
-    makes of them once for many layers.
+    document_ids (B, S): integers in any order, of all S positions even where T < S; or their `document_reach`.
     """
     width, keys = q.shape[-1], k.shape[2]
-    _check(q, k, v, window, document_ids)
+    _check(q, k, v, window, document_ids, reach)
     if (padded := max(16, triton.next_power_of_2(width))) > width:  # zeros change no product
         q, k, v = (F.pad(x, (0, padded - width)) for x in (q, k, v))
     if not q.stride(-1) == k.stride(-1) == 1 or k.stride() != v.stride():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    reach = reach if document_ids is None else document_reach(document_ids)
+    if reach is None and document_ids is not None:
+        reach = document_reach(document_ids)
     window = None if window is None or window >= keys else window
     return flash_attention_op(q, k, v, reach, window, width ** -0.5)[0][..., :width]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, document_ids: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, document_ids: Tensor | None, reach: Tensor | None):
     (batch, heads, length, width), (groups, keys) = q.shape, k.shape[1:3]
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"flash_attention: {q.dtype}, {k.dtype}, {v.dtype}; one of float32, bfloat16, float16 for all")
@@ -296,5 +295,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, document_ids: Te
                          "(B, H, T, K) and two of (B, G, S, K), G dividing H, T at most S, K at most 128")
     if window is not None and window < 1:
         raise ValueError(f"flash_attention: a window of {window}; a query sees one key at least, its own")
-    if document_ids is not None and document_ids.shape != (batch, keys):
-        raise ValueError(f"flash_attention: document_ids {tuple(document_ids.shape)}; must be {(batch, keys)}")
+    for name, x, shape in (("document_ids", document_ids, (batch, keys)), ("reach", reach, (batch, 2, keys))):
+        if x is not None and x.shape != shape:
+            raise ValueError(f"flash_attention: {name} {tuple(x.shape)}; must be {shape}")

@@ -274,7 +274,7 @@ swiglu_op.register_autograd(
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each row through its expert's linear layer: (N, D), (E, F, D), (E,) -> (N, F)"""
     _check("grouped_linear", x, weight, weight, ends)
-    return linear_op(x, weight, ends)
+    return linear_op(x, weight, ends.contiguous())
 
 
 def grouped_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor, index: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def grouped_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor, index:
     if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"grouped_swiglu: index {tuple(index.shape)} {index.dtype}; (N,) of int32 or int64 is needed")
     needs = any(t.requires_grad for t in (x, w_gate, w_up))
-    return swiglu_op(x, w_gate, w_up, ends, index, torch.is_grad_enabled() and needs)[0]
+    return swiglu_op(x, w_gate, w_up, ends.contiguous(), index, torch.is_grad_enabled() and needs)[0]
 
 
 def _check(name: str, x: Tensor, weight: Tensor, second: Tensor, ends: Tensor) -> None:

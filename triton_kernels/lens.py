@@ -93,7 +93,7 @@ class Trace:
     Tensors by name; `shuffle`: a seed, None keeps the order; `races=False` for kernels that take turns by a lock.
     """
 
-    def __init__(self, shuffle: int | None = None, races: bool = True, **named: Tensor):
+    def __init__(self, *, shuffle: int | None = None, races: bool = True, **named: Tensor):
         self.random = None if shuffle is None else random.Random(shuffle)
         self.races, self.launches = races, 0
         self.loads: dict[str, int] = {}
@@ -103,8 +103,9 @@ class Trace:
             self._watch(name, tensor)
 
     def __enter__(self) -> Trace:
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(observing(self))
+        opened = contextlib.ExitStack()
+        opened.enter_context(observing(self))
+        self._open = opened  # only now: a trace that is open already keeps its own
         return self
 
     def __exit__(self, *error) -> None:

@@ -251,4 +251,5 @@ def qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tenso
 
     q (B, H, T, K), k (B, G, T, K), cos and sin as ops.rotary_table makes them -> q and k, in memory (B, T, H, K)
     """
+    q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     return qk_norm_rope_op(q, k, cos, sin, q_weight, k_weight, eps)

@@ -103,6 +103,11 @@ def tiles(x: Tensor) -> dict[str, int]:
 
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
     """(s or None, y, rstd)"""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: a weight of shape {tuple(weight.shape)} for rows of {x.shape[-1]} numbers")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"rms_norm: x is {tuple(x.shape)} {x.dtype}, residual {tuple(residual.shape)} "
+                         f"{residual.dtype}; they must be alike")
     meta, x, weight = tiles(x), x.contiguous(), weight.contiguous()
     rows = x.numel() // x.shape[-1]
     s = torch.empty_like(x) if residual is not None else None
