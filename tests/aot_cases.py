@@ -7,6 +7,7 @@ kernel gets its own below and a place in FAMILIES; `python tools/aot.py` then ad
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -170,21 +171,33 @@ def fingerprint(target: str, launch: tuple) -> str:
     return aot.fingerprint(kernel, target, *args, **meta)
 
 
-def line(target: str, launch: tuple) -> tuple[dict, list[str]]:
-    """Compiles: (a line of the snapshot, the limits that are broken)."""
+NUMBERS = "registers", "spilled", "shared", "tensor_memory", "loads", "wide_loads"
+
+
+def line(target: str, launch: tuple) -> dict:
+    """Compiles: a line of the snapshot."""
     kernel, args, meta = launch
     binary = aot.compile_kernel(kernel, target, *args, **meta)
-    numbers = "registers", "spilled", "shared", "tensor_memory", "loads", "wide_loads"
-    line = {"fingerprint": fingerprint(target, launch)} | {name: getattr(binary, name) for name in numbers}
-    return line | binary.tensor_core, binary.faults()
+    return ({"fingerprint": fingerprint(target, launch)} | {name: getattr(binary, name) for name in NUMBERS}
+            | binary.tensor_core)
+
+
+def faults(lines: dict[str, dict]) -> list[str]:
+    """The limits that these lines of a snapshot break."""
+    found = []
+    for name, line in lines.items():
+        target, kernel = name.split()[:2]
+        binary = aot.Binary(kernel, target, tensor_core={}, assembly="", ptx="", **{n: line[n] for n in NUMBERS})
+        found += [f"{name}: {fault}" for fault in binary.faults()]
+    return found
 
 
 def differences(target: str, family: Callable[[str], Cases]) -> list[str]:
     """Compiles the family: a line for each broken limit, and for each binary that is not as in the snapshot."""
     snapshot, found = read_snapshot(), []
     for name, launch in launches(target, [family]).items():
-        now, faults = line(target, launch)
-        found += [f"{name}: {fault}" for fault in faults]
+        now = line(target, launch)
+        found += faults({name: now})
         if snapshot and now != snapshot.get(name):
             found.append(f"{name}: {now}, in the snapshot {snapshot.get(name)}; {RENEW}")
     return found
@@ -196,7 +209,9 @@ def read_snapshot() -> dict[str, dict]:
 
 
 def write_snapshot(lines: dict[str, dict | None]) -> None:
-    """Without what is None: not compiled yet."""
+    """Without what is None: not compiled yet. All of the file or nothing: whoever interrupts it keeps the old one."""
     snapshot_file().parent.mkdir(exist_ok=True)
     text = ",\n".join(f"{json.dumps(name)}: {json.dumps(line)}" for name, line in lines.items() if line)
-    snapshot_file().write_text(f"{{\n{text}\n}}\n")
+    beside = snapshot_file().with_suffix(".new")
+    beside.write_text(f"{{\n{text}\n}}\n")
+    os.replace(beside, snapshot_file())

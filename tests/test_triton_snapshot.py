@@ -5,8 +5,10 @@ snapshot carries the fingerprint of what was compiled: when a kernel changes the
 they name compiles it for all of them. On a version of Triton that has no snapshot only the limits hold.
 """
 
-import importlib
+import importlib.util
 import pkgutil
+import sys
+from pathlib import Path
 
 import aot_cases
 import pytest
@@ -14,7 +16,7 @@ import triton
 from aot_cases import FAMILIES, fingerprint, flash_attentions, launches
 
 import triton_kernels
-from triton_kernels.aot import SHARED_LIMIT, TARGETS
+from triton_kernels.aot import TARGETS
 from triton_kernels.engine import Kernel
 
 SNAPSHOT = aot_cases.read_snapshot()
@@ -39,8 +41,57 @@ def test_the_snapshot_is_of_this_code(target):
 
 
 def test_the_snapshot_keeps_the_limits():
-    for name, line in SNAPSHOT.items():
-        assert line["spilled"] == 0 and line["shared"] <= SHARED_LIMIT[name.split()[0]], f"{name}: {line}"
+    broken = aot_cases.faults(SNAPSHOT)
+    assert not broken, "\n".join(broken)
+
+
+LINE = dict.fromkeys(aot_cases.NUMBERS, 0) | {"fingerprint": "same"}
+
+
+@pytest.mark.parametrize("what, value", [("spilled", 8), ("shared", 232_449), ("tensor_memory", 513)])
+def test_each_limit_is_kept(what, value):
+    assert not aot_cases.faults({"sm_100 kernel case": LINE})
+    assert f"kernel sm_100: {value} " in " ".join(aot_cases.faults({"sm_100 kernel case": LINE | {what: value}}))
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    """tools/aot.py, with one case and a snapshot of its own."""
+    path = Path(__file__).parent.parent / "tools" / "aot.py"
+    monkeypatch.setattr(sys, "path", sys.path[:])  # it puts the checkout first
+    spec = importlib.util.spec_from_file_location("aot_tool", path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    monkeypatch.setattr(module, "TARGETS", ["sm_90"])
+    monkeypatch.setattr(aot_cases, "snapshot_file", lambda: tmp_path / "snapshot.json")
+    monkeypatch.setattr(aot_cases, "launches", lambda target: {"sm_90 kernel case": None})
+    monkeypatch.setattr(aot_cases, "fingerprint", lambda target, launch: "same")
+    return module
+
+
+def run(tool, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["aot.py", *arguments])
+    return tool.main()
+
+
+def test_a_kept_line_over_the_limit_is_still_a_fault(tool, monkeypatch, capsys, tmp_path):
+    aot_cases.write_snapshot({"sm_90 kernel case": LINE | {"spilled": 8}, "gone": LINE})
+    assert run(tool, monkeypatch) == 1
+    assert "0 of 1 binaries compiled" in (text := capsys.readouterr().out) and "8 bytes of spilled registers" in text
+    assert list(aot_cases.read_snapshot()) == ["sm_90 kernel case"]
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot.json"]
+
+
+@pytest.mark.parametrize("arguments", [["scna"], ["scan"], ["scan", "sm_91", "kernel", "B=1"],
+                                       ["scan", "sm_90", "kernel", "B"]], ids=" ".join)
+def test_what_the_tool_does_not_understand_it_refuses(tool, monkeypatch, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        run(tool, monkeypatch, *arguments)
+    assert not aot_cases.snapshot_file().exists()
+
+
+def test_a_scan_of_no_case_names_the_cases(tool, monkeypatch, capsys):
+    assert run(tool, monkeypatch, "scan", "sm_90", "nonsense", "BLOCK=64") == 1
+    assert "no case of sm_90 begins with 'nonsense'" in (text := capsys.readouterr().err) and "kernel case" in text
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family is not flash_attentions],

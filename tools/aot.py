@@ -8,6 +8,7 @@ kept as it is; delete the file to have all compiled. The second helps to find ti
 compiled with each combination, and of each combination the worst numbers.
 """
 
+import argparse
 import itertools
 import os
 import sys
@@ -29,53 +30,77 @@ def in_parallel(function: Callable, tasks: list) -> Iterator:
         yield from zip(tasks, pool.map(function, tasks), strict=True)
 
 
-def compile_line(name: str) -> tuple[dict, list[str]]:
-    """(line of the snapshot, the limits that are broken)"""
+def compile_line(name: str) -> dict:
+    """A line of the snapshot."""
     target = name.split()[0]
     return aot_cases.line(target, aot_cases.launches(target)[name])
 
 
 def renew() -> int:
-    """Writes the snapshot; 1 if a binary breaks a limit."""
-    old, lines, broken = aot_cases.read_snapshot(), {}, []
+    """Writes the snapshot; 1 if a binary breaks a limit, whether it was compiled now or before."""
+    old, lines = aot_cases.read_snapshot(), {}
     for target in TARGETS:
         for name, launch in aot_cases.launches(target).items():
             same = old.get(name, {}).get("fingerprint") == aot_cases.fingerprint(target, launch)
             lines[name] = old[name] if same else None
     todo = [name for name, line in lines.items() if line is None]
-    for name, (line, faults) in in_parallel(compile_line, todo):
+    for name, line in in_parallel(compile_line, todo):
         lines[name] = line
-        broken += [f"{name}: {fault}" for fault in faults]
         print(name, *(f"{k} {v}" for k, v in line.items() if k != "fingerprint"), sep="  ", flush=True)
         aot_cases.write_snapshot(lines)  # an interrupted run goes on from here
     aot_cases.write_snapshot(lines)  # what is gone goes, even where nothing is new
-    print(f"{len(todo)} of {len(lines)} binaries compiled; {aot_cases.snapshot_file().relative_to(ROOT)} is written")
-    print(*broken, sep="\n")
+    broken = aot_cases.faults(lines)
+    print(f"{len(todo)} of {len(lines)} binaries compiled; {aot_cases.snapshot_file()} is written", *broken, sep="\n")
     return bool(broken)
+
+
+def launches_of(target: str, case: str) -> list[tuple]:
+    """Those of the cases whose names begin so."""
+    return [launch for name, launch in aot_cases.launches(target).items() if name.startswith(f"{target} {case}")]
 
 
 def compile_choice(task: tuple[str, str, dict[str, int]]) -> str:
     """The worst numbers of the cases with these constants."""
     target, case, choice = task
-    launches = [launch for name, launch in aot_cases.launches(target).items() if name.startswith(f"{target} {case}")]
     try:
-        binaries = [compile_kernel(kernel, target, *args, **meta | choice) for kernel, args, meta in launches]
+        binaries = [compile_kernel(kernel, target, *args, **meta | choice)
+                    for kernel, args, meta in launches_of(target, case)]
     except Exception as error:  # a tile that the compiler refuses is a result of the scan
         return type(error).__name__
     registers, spilled, shared = (max(getattr(b, n) for b in binaries) for n in ("registers", "spilled", "shared"))
     return f"{registers:9} {spilled:8} {shared:8}" + ("  too much" if shared > SHARED_LIMIT[target] else "")
 
 
-def scan(target: str, case: str, *choices: str) -> int:
-    """Prints a line for each combination of the choices."""
-    names, values = zip(*(choice.split("=") for choice in choices), strict=True)
-    combinations = itertools.product(*([int(v) for v in value.split(",")] for value in values))
+def constant(text: str) -> tuple[str, list[int]]:
+    """NAME=1,2 as (name, values)."""
+    name, values = text.split("=")
+    return name, [int(value) for value in values.split(",")]
+
+
+def scan(target: str, case: str, constants: list[tuple[str, list[int]]]) -> int:
+    """Prints a line for each combination of the constants; 1 if there is no such case."""
+    if not launches_of(target, case):
+        print(f"no case of {target} begins with {case!r}; there are:", *aot_cases.launches(target), sep="\n",
+              file=sys.stderr)
+        return 1
+    names, values = zip(*constants, strict=True)
+    choices = [dict(zip(names, combination, strict=True)) for combination in itertools.product(*values)]
     print(*names, "registers  spilled   shared")
-    for (*_, choice), numbers in in_parallel(
-            compile_choice, [(target, case, dict(zip(names, c, strict=True))) for c in combinations]):
+    for (*_, choice), numbers in in_parallel(compile_choice, [(target, case, choice) for choice in choices]):
         print(*(f"{value:{len(name)}}" for name, value in choice.items()), numbers, flush=True)
     return 0
 
 
+def main() -> int:
+    """`scan`, or without a command the snapshot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(dest="command").add_parser("scan", help="compile cases with other constants")
+    command.add_argument("target", choices=TARGETS)
+    command.add_argument("case", help="how the names of the cases begin, after the target")
+    command.add_argument("constants", nargs="+", type=constant, metavar="NAME=VALUE,VALUE")
+    arguments = parser.parse_args()
+    return scan(arguments.target, arguments.case, arguments.constants) if arguments.command else renew()
+
+
 if __name__ == "__main__":
-    sys.exit(scan(*sys.argv[2:]) if sys.argv[1:2] == ["scan"] else renew())
+    sys.exit(main())
