@@ -8,6 +8,7 @@ MLP, V vocabulary, E experts; e bytes of a number.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -188,12 +189,14 @@ def sdpa(*backends: SDPBackend) -> Callable:
 
 def varlen(ends: Tensor, longest: int) -> Callable:
     """torch's FlashAttention over documents of one row after another; `ends` (documents + 1,) int32, from 0 on."""
+    on = functools.cache(ends.to)  # a copy to the GPU makes the host wait: once, not in every call that is timed
+
     def attention(q, k, v, _ids):
         from torch.nn.attention.varlen import varlen_attn
 
         grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B T, heads, K)
-        y = varlen_attn(*rows, *2 * (ends.to(q.device),), *2 * (longest,), window_size=(-1, 0), **grouped)
+        y = varlen_attn(*rows, *2 * (on(q.device),), *2 * (longest,), window_size=(-1, 0), **grouped)
         return y.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
     return attention

@@ -10,7 +10,7 @@ nobody can avoid (kernel_cases.py), so all columns of a line count alike, and % 
 that the same process measured first. Peak MiB is what the call allocates beyond its inputs.
 
 A process of its own does the measuring; if a case kills it, the next takes up the rest. Results are written after
-each case, to benchmarks/results/kernels-<gpu>.json and .md.
+each case, to benchmarks/results/kernels-<gpu>.json and .md; with --only, to kernels-<gpu>-partial.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ def cases_of(arguments: argparse.Namespace) -> dict[str, kernel_cases.Case]:
     cases = kernel_cases.tiny() if arguments.tiny else kernel_cases.measured()
     chosen = tuple(arguments.only or [""])
     return {case.name: case for case in cases if case.name.startswith(chosen)}
+
+
+def unknown(arguments: argparse.Namespace) -> str:
+    """What of --only is the beginning of no name, and the names; empty if all is well."""
+    names = list(cases_of(argparse.Namespace(tiny=arguments.tiny, only=None)))
+    wrong = [begin for begin in arguments.only or [] if not any(name.startswith(begin) for name in names)]
+    return f"no case begins with {', '.join(wrong)}; there are: {'; '.join(names)}" if wrong else ""
 
 
 # --- Measuring, in a process of its own -------------------------------------------------------------------------------
@@ -233,8 +240,8 @@ def measure_all(arguments: argparse.Namespace, names: list[str], write) -> None:
     worker.close()
 
 
-def main() -> int:
-    """The parent or, with --worker, the worker. 1 if anything of ours failed."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", nargs="+", help="cases whose name begins with one of these")
@@ -245,6 +252,14 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if problem := unknown(arguments):
+        parser.error(problem)
+    return arguments
+
+
+def main() -> int:
+    """The parent or, with --worker, the worker. 1 if anything of ours failed."""
+    arguments = parse()
     if arguments.worker:
         work(arguments)
         return 0
@@ -254,7 +269,7 @@ def main() -> int:
     last = {}
 
     def write(ceilings: dict, rows: list[dict]) -> None:
-        name = slug(ceilings["facts"]["name"]) + "-tiny" * arguments.tiny
+        name = slug(ceilings["facts"]["name"]) + "-tiny" * arguments.tiny + "-partial" * bool(arguments.only)
         last.update(ceilings=ceilings, rows=rows, path=arguments.out / f"kernels-{name}.md")
         kernel_report.write(last["path"], ceilings, rows)
         print(f"  {rows[-1]['kernel']} {rows[-1]['shape']}", file=sys.stderr, flush=True)

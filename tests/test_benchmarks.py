@@ -1,15 +1,18 @@
 """The measuring scripts run from end to end on the CPU, so that their first run on a GPU is not their first run."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, kernel_cases, kernel_report, train_gpu
+from benchmarks import gpu, kernel_cases, kernel_report, kernels, train_gpu, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,14 +33,75 @@ def test_out_of_time_is_said(tmp_path):
     assert done.returncode == 1 and "could not be measured" in done.stdout
 
 
+def test_only_some_cases(tmp_path, monkeypatch, capsys):
+    """They must not replace the results of all; and what is no case's name is an error that tells the names."""
+    def measure_all(arguments, names, write):
+        assert names == ["swiglu@tiny"]
+        write({"bytes": 1, "operations": 1, "facts": {"name": "CPU"}}, kernels.error_rows(names[0], "not measured"))
+
+    command = ["kernels.py", "--device", "cpu", "--tiny", "--out", str(tmp_path), "--only", "swiglu"]
+    monkeypatch.setattr(kernels, "measure_all", measure_all)
+    monkeypatch.setattr(sys, "argv", command)
+    assert kernels.main() == 1
+    assert {path.name for path in tmp_path.iterdir()} == {f"kernels-cpu-tiny-partial.{kind}" for kind in ("md", "json")}
+    monkeypatch.setattr(sys, "argv", [*command, "nonsense"])
+    with pytest.raises(SystemExit, match="2"):
+        kernels.main()
+    assert "no case begins with nonsense; there are: add_rms_norm@tiny; swiglu@tiny" in capsys.readouterr().err
+
+
+def test_where_documents_end_is_sent_to_a_device_once(monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    seen = []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, ends, *rest, **options: seen.append(ends) or q)
+    attention = kernel_cases.varlen(torch.tensor([0, 3, 5]), 3)
+    q = torch.empty(1, 2, 5, 4, device="meta")
+    assert all(attention(q, q, q, None).shape == q.shape for _ in range(2))
+    assert seen[0] is seen[1] and seen[0].device == q.device
+
+
 def test_training_on_a_gpu_but_for_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpu, "RUNS", [("tiny", "causal"), ("tiny", "documents")])
     monkeypatch.setitem(train_gpu.VARIANTS, "documents", {"documents": (40, 24)})
     row = train_gpu.measure(train_gpu.SHAPES["tiny"], train_gpu.VARIANTS["documents"], "cpu", 0.0)
     assert row["steps"] >= 3 and row["tokens_per_second"] > 0
     assert train_gpu.run("", ["causal"], 100, tmp_path, "cpu") == 0
-    assert "| tiny | causal |" in (tmp_path / "train_step-cpu.md").read_text()
-    assert train_gpu.run("", ["causal"], 0, tmp_path, "cpu") == 1
+    text = (tmp_path / "train_step-cpu-partial.md").read_text()
+    assert "| tiny | causal |" in text and "without document ids" in text
+    assert train_gpu.run("", [""], 0, tmp_path, "cpu") == 1
+    assert (tmp_path / "train_step-gpu.md").exists()  # all of the runs, and none of them said what it ran on
+
+
+def test_training_runs_that_nobody_has(tmp_path, capsys):
+    assert train_gpu.run("nonsense", [""], 100, tmp_path) == train_gpu.run("124M", ["nonsense"], 100, tmp_path) == 1
+    assert "there are: 124M causal; 124M documents; " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_model_that_did_not_fit_is_freed_before_the_next(monkeypatch):
+    class Model:
+        def __init__(self):
+            self.itself = self  # as hooks do
+
+    models = []
+
+    def our_step(shape, *_, **__):
+        assert not models or models[-1]() is None
+        model = Model()
+        models.append(weakref.ref(model))
+
+        def step(model=model):
+            if shape[7] > 1:
+                raise torch.OutOfMemoryError
+
+        return step, 1, None
+
+    monkeypatch.setattr(train_step, "our_step", our_step)
+    gc.disable()  # or chance may free it
+    try:
+        row = train_gpu.measure((*train_gpu.SHAPES["tiny"][:7], 4), {}, "cpu", 0.0)
+    finally:
+        gc.enable()
+    assert len(models) == 3 and row["micro_batch"] == 1
 
 
 def test_bars():
