@@ -2,11 +2,13 @@
 
     python3 benchmarks/gpu.py       # offline, from a checkout, nothing installed but torch, triton and pytest
 
-Under ten minutes: what does not fit into a part's share is skipped, and said so. Results go to benchmarks/results/.
+Under ten minutes, or in --seconds: what does not fit into a part's share is skipped, and said so. Results go to
+benchmarks/results/.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -21,6 +23,9 @@ SECONDS = {"tests": 180, "kernels": 240, "train_step": 150}
 # The file's own options name plugins that need not be here; its markers stay.
 PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-m", "gpu"]
 PROCESSES = 8  # a GPU has room for that many small tests, and compiling wants cores
+TESTS = 25  # of a group, at most: they share a process, and of attention they compile up to 39 binaries, one by one
+ALONE = "others"  # of them, add_rms_norm past 2^31 numbers holds eight tensors of 4 GiB
+MEMORY = re.compile("OutOfMemoryError|out of memory|ALLOC_FAILED")
 
 
 def environment() -> dict[str, str]:
@@ -30,45 +35,65 @@ def environment() -> dict[str, str]:
 
 
 def groups() -> dict[str, list[str]]:
-    """The tests by kernel: an illegal access ends its process, and must not take another kernel's tests along."""
+    """The tests by kernel, as "swiglu 1": an illegal access ends its process, not those of other kernels' tests."""
     done = subprocess.run([*PYTEST, "--collect-only", "tests/test_gpu.py"], cwd=ROOT, text=True, env=environment(),
                           stdout=subprocess.PIPE)
     found = defaultdict(list)
     for line in done.stdout.splitlines():
         if "::" in line:
             kernel = re.search(r"\[(\w+)@", line)
-            found[kernel[1] if kernel else "others"].append(line.strip())
-    return found
+            found[kernel[1] if kernel else ALONE].append(line.strip())
+    return {f"{name} {1 + i // TESTS}": tests[i:i + TESTS]
+            for name, tests in found.items() for i in range(0, len(tests), TESTS)}
+
+
+def run(tests: list[str], deadline: float) -> tuple[str, int | None]:
+    """(what they printed, their status) of tests in a process of their own; no status if time was up."""
+    try:
+        done = subprocess.run([*PYTEST, *tests], cwd=ROOT, text=True, env=environment(), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout or b""
+        return text.decode() if isinstance(text, bytes) else text, None
+    return done.stdout, done.returncode
 
 
 def test(results: Path, deadline: float) -> list[str]:
-    """Runs all groups, several at once; what each printed goes to one file. Returns what failed."""
-    def one(group: tuple[str, list[str]]) -> tuple[str, str, int | None]:
-        try:
-            done = subprocess.run([*PYTEST, *group[1]], cwd=ROOT, text=True, env=environment(), stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as error:
-            text = error.stdout or b""
-            return group[0], text.decode() if isinstance(text, bytes) else text, None
-        return group[0], done.stdout, done.returncode
+    """Runs all groups, several at once, and at the end, each alone, those that need the whole memory of the GPU.
 
-    found = groups()
+    What each printed goes to one file. Returns what failed.
+    """
+    found, failed, report = groups(), [], []
     if not found:
         return ["tests: none were found"]
-    failed, report = [], []
+
+    def tell(name: str, text: str, status: int | None) -> None:
+        last = text.strip().splitlines()[-1] if text.strip() else "said nothing"
+        line = f"tests of {name}: " + ("stopped: no time left" if status is None else last)
+        print(line, flush=True)
+        report.append(f"== {line}\n{text}")
+        failed.extend([line] * (status != 0))
+        (results / "gpu-tests.txt").write_text("\n".join(report), encoding="utf-8")
+
+    alone = [name for name in found if name.startswith(ALONE)]
+    together = [name for name in found if name not in alone]
     with ThreadPoolExecutor(PROCESSES) as pool:
-        for name, text, status in pool.map(one, found.items()):
-            last = text.strip().splitlines()[-1] if text.strip() else "said nothing"
-            line = f"tests of {name}: " + ("stopped: no time left" if status is None else last)
-            print(line, flush=True)
-            report.append(f"== {line}\n{text}")
-            failed += [line] * (status != 0)
-            (results / "gpu-tests.txt").write_text("\n".join(report), encoding="utf-8")
+        answers = pool.map(lambda name: run(found[name], deadline), together)
+        for name, (text, status) in zip(together, answers, strict=True):
+            if status and MEMORY.search(text):
+                alone.append(name)  # beside others it says nothing about the kernel
+            else:
+                tell(name, text, status)
+    for name in alone:
+        tell(name, *run(found[name], deadline))
     return failed
 
 
 def main() -> int:
     """The three parts, each whatever became of the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=sum(SECONDS.values()), help="for all parts together")
+    share = parser.parse_args().seconds / sum(SECONDS.values())
     import torch
 
     if not torch.cuda.is_available():
@@ -76,14 +101,13 @@ def main() -> int:
         return 1
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    began = time.monotonic()
-    failed = test(results, began + SECONDS["tests"])
+    began, date = time.monotonic(), time.time() - 1  # files have a coarser clock
+    failed = test(results, began + share * SECONDS["tests"])
     for part in ("kernels", "train_step"):
         status = subprocess.run([sys.executable, f"benchmarks/{part}.py", "--device", "cuda", "--seconds",
-                                 str(SECONDS[part])], cwd=ROOT, env=environment()).returncode
+                                 str(share * SECONDS[part])], cwd=ROOT, env=environment()).returncode
         failed += [f"{part}: see its list above"] * (status != 0)
-    wrote = ", ".join(str(p.relative_to(ROOT)) for p in (
-        results / "gpu-tests.txt", *sorted(results.glob("kernels-*")), *sorted(results.glob("train_step-*"))))
+    wrote = ", ".join(str(p.relative_to(ROOT)) for p in sorted(results.iterdir()) if p.stat().st_mtime >= date)
     verdict = "failed: " + "; ".join(failed) if failed else "all well"
     print(f"{time.monotonic() - began:.0f} s; in {wrote}; {verdict}")
     return 1 if failed else 0

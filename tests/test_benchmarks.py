@@ -2,8 +2,10 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -122,5 +124,56 @@ def test_bars():
 def test_the_tests_for_a_gpu_are_found():
     """With the options of pyproject.toml put aside, as where its plugins are not installed."""
     groups = gpu.groups()
-    assert {"attention", "adamw", "linear_cross_entropy", "others"} <= groups.keys()
+    assert {"attention 1", "attention 2", "adamw 1", "linear_cross_entropy 1", "others 1"} <= groups.keys()
     assert all("cuda" in test for group in groups.values() for test in group)
+    assert max(map(len, groups.values())) <= gpu.TESTS
+
+
+def test_what_needs_all_of_the_memory_runs_alone_at_the_end(tmp_path, monkeypatch):
+    finished = []
+
+    def run(tests, deadline):
+        finished.append(tests[0])
+        if finished.count("full") == 1 and tests == ["full"]:
+            return "E torch.OutOfMemoryError: CUDA out of memory\n1 failed", 1
+        return ("1 failed", 1) if tests == ["wrong"] else ("1 passed", 0)
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "groups", lambda: {"others 1": ["large"], "swiglu 1": ["full"], "adamw 1": ["wrong"]})
+    assert gpu.test(tmp_path, 0.0) == ["tests of adamw 1: 1 failed"]
+    assert sorted(finished[:2]) == ["full", "wrong"] and finished[2:] == ["large", "full"]
+    assert "== tests of swiglu 1: 1 passed" in (tmp_path / "gpu-tests.txt").read_text()
+
+
+def test_a_run_of_tests_has_a_status_unless_time_is_up(monkeypatch):
+    monkeypatch.setattr(gpu, "PYTEST", [sys.executable, "-c"])
+    deadline = time.monotonic() + 60
+    assert gpu.run(["print('said'); raise SystemExit(3)"], deadline) == ("said\n", 3)
+    assert gpu.run(["import time; time.sleep(60)"], 0.0)[1] is None
+
+
+def test_the_whole_of_it_without_a_gpu(tmp_path, monkeypatch, capsys):
+    """Every part has its share of the time, and only what this run wrote is named."""
+    results, calls = tmp_path / "benchmarks" / "results", []
+    results.mkdir(parents=True)
+    (results / "kernels-old.md").touch()
+    os.utime(results / "kernels-old.md", (0, 0))
+
+    def test(folder, deadline):
+        (folder / "gpu-tests.txt").touch()
+        return []
+
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "test", test)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: calls.append(command) or
+                        subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--seconds", "57"])
+    assert gpu.main() == 0
+    assert [command[-1] for command in calls] == ["24.0", "15.0"]
+    assert "in benchmarks/results/gpu-tests.txt; all well" in capsys.readouterr().out
+    for options in (["--help"], ["--nonsense"]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+        with pytest.raises(SystemExit):
+            gpu.main()
+    assert len(calls) == 2
