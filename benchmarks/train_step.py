@@ -213,7 +213,8 @@ def compare(name: str, peer: str | None, threads: int, turns: int, chosen: list[
     return rows
 
 
-def main() -> int | None:
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="a checkout of nanoGPT to measure beside")
     parser.add_argument("--only", help="shapes whose name begins with this")
@@ -226,6 +227,14 @@ def main() -> int | None:
     parser.add_argument("--out", default=Path(__file__).parent / "results", type=Path, help="on a GPU: the folder")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.shapes = [name for name in SHAPES if name.startswith(arguments.only or "")]
+    if arguments.device == "cpu" and not arguments.shapes:
+        parser.error(f"no shape begins with {arguments.only}; there are: {', '.join(SHAPES)}")
+    return arguments
+
+
+def main() -> int | None:
+    arguments = parse()
     if arguments.worker:
         return work(json.loads(arguments.worker))
     if arguments.device == "cuda":
@@ -241,7 +250,7 @@ def main() -> int | None:
     print(f"{machine}\n\n| shape | variant | parameters | tokens/s | MFU | peak MiB | x nanoGPT as shipped |")
     print("|---" * 7 + "|")
     rows = []
-    for name in (n for n in SHAPES if n.startswith(arguments.only or "")):
+    for name in arguments.shapes:
         for row in compare(name, arguments.peer, arguments.threads, arguments.turns, arguments.variants):
             rows.append(row)
             mfu, ratio = (f"{row['mfu']:.0%}" if row["mfu"] else "", f"{row['ratio']:.2f}" if row["ratio"] else "")

@@ -74,6 +74,13 @@ def test_training_on_a_gpu_but_for_the_gpu(tmp_path, monkeypatch):
     assert (tmp_path / "train_step-gpu.md").exists()  # all of the runs, and none of them said what it ran on
 
 
+def test_shapes_that_nobody_has(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--only", "nonsense"])
+    with pytest.raises(SystemExit, match="2"):
+        train_step.main()
+    assert "no shape begins with nonsense; there are: shakespeare-0.8M, nano, " in capsys.readouterr().err
+
+
 def test_training_runs_that_nobody_has(tmp_path, capsys):
     assert train_gpu.run("nonsense", [""], 100, tmp_path) == train_gpu.run("124M", ["nonsense"], 100, tmp_path) == 1
     assert "there are: 124M causal; 124M documents; " in capsys.readouterr().err and not list(tmp_path.iterdir())
