@@ -2,10 +2,7 @@
 
 A `Config` is the whole truth of a run: it is saved in the run's folder and in every checkpoint, and can be loaded
 alone. This file needs the standard library only, so a 500B configuration can be checked and counted on any machine
-in milliseconds; `config_file.py` reads one from YAML.
-
-Letters used here and in every file: B batch, T sequence length, D `d_model`, H `n_heads`, G `n_kv_heads`,
-K `head_dim`, F `d_ff`, L `n_layers`, V `vocab_size`.
+in milliseconds; `architecture.py` has the model's part of it, `config_file.py` reads one from YAML.
 """
 
 from __future__ import annotations
@@ -14,103 +11,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nanomai.architecture import ConfigError, ModelConfig, positive
 
-class ConfigError(ValueError):
-    """A setting that cannot work: one line that names the file, the line, the field, and what to do."""
-
-    def __init__(self, message: str, field: str | None = None):
-        super().__init__(message)
-        self.field = field  # dotted name, so that the loader can find its line in the file
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The architecture. Families differ by these values alone; `model.py` has no branch on a family's name."""
-
-    n_layers: int = 4
-    """L: blocks of attention and MLP."""
-    d_model: int = 128
-    """D: numbers that stand for one token between the blocks."""
-    n_heads: int = 2
-    """H: query heads."""
-    n_kv_heads: int = 1
-    """Fewer than n_heads is grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
-    head_dim: int = 64
-    """K: numbers in a query, key or value of one head."""
-    d_ff: int = 384
-    """F: width of the MLP inside a block."""
-    vocab_size: int = 512
-    """V: tokens that the embedding and the output know; at least the tokenizer's."""
-    context_length: int = 256
-    """The longest sequence the model is built for, in tokens."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Before attention, before the MLP and at the end."""
-    norm_eps: float = 1e-5
-    """Added to the mean square, or variance, under the root."""
-    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
-    """Of the MLP; `swiglu` has a third matrix, the gate."""
-    position: Literal["rope", "learned"] = "rope"
-    """`rope` turns queries and keys; `learned` adds a table of context_length vectors."""
-    rope_theta: float = 10_000.0
-    """Base of the rotation's wavelengths; larger for longer contexts."""
-    sliding_window: int | None = None
-    """Position i sees position j only if 0 <= i - j < sliding_window. None: all of the past."""
-    biases: tuple[Literal["qkv", "out", "mlp", "head"], ...] = ()
-    """Which projections carry a bias. LayerNorm always has one, RMSNorm never."""
-    tied_embeddings: bool = True
-    """The output head is the embedding, transposed."""
-    init_std: float = 0.02
-    """Of the normal distribution that initial weights are drawn from."""
-
-    def __post_init__(self):
-        _positive(self, "model", "n_layers d_model n_heads n_kv_heads head_dim d_ff vocab_size context_length norm_eps "
-                                 "init_std rope_theta")
-        if self.n_heads % self.n_kv_heads:
-            raise ConfigError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}; "
-                              f"every key-value head must serve the same number of query heads", "model.n_kv_heads")
-        if self.position == "rope" and self.head_dim % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of numbers",
-                              "model.head_dim")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window {self.sliding_window} must be at least 1, or null",
-                              "model.sliding_window")
-        if self.tied_embeddings and "head" in self.biases:
-            raise ConfigError("a head bias needs tied_embeddings: false", "model.biases")
-
-    @property
-    def parameters_per_layer(self) -> int:
-        d, norm = self.d_model, self.d_model * (2 if self.norm == "layernorm" else 1)
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        attention = d * q + 2 * d * kv + q * d + (q + 2 * kv) * ("qkv" in self.biases) + d * ("out" in self.biases)
-        n_in = 2 if self.activation == "swiglu" else 1  # gate and up, or up alone
-        mlp = (n_in + 1) * d * self.d_ff + (n_in * self.d_ff + d) * ("mlp" in self.biases)
-        return attention + mlp + 2 * norm
-
-    @property
-    def n_parameters(self) -> int:
-        """Every trainable number, exactly; a tied embedding is counted once."""
-        d, v = self.d_model, self.vocab_size
-        head = 0 if self.tied_embeddings else v * d + v * ("head" in self.biases)
-        positions = self.context_length * d if self.position == "learned" else 0
-        final_norm = d * (2 if self.norm == "layernorm" else 1)
-        return v * d + head + positions + final_norm + self.n_layers * self.parameters_per_layer
-
-    def flops_per_token(self, sequence_length: int | None = None) -> int:
-        """FLOPs of one training token, forward and backward: 6 for each weight it meets, plus causal attention.
-
-        The embedding look-up costs nothing; the output head costs 6 V D even when it is tied. Attention over a
-        causal sequence meets (T + 1) / 2 keys on average, taken as T / 2: 6 L T H K a token (12 when the masked
-        half is counted too, as some publications do). Norms, softmax and the optimizer are left out.
-        """
-        t = sequence_length or self.context_length
-        window = min(t, self.sliding_window or t)
-        seen = 2 * window - window * window // t  # twice the mean number of keys: t without a window
-        matmul = self.n_layers * self.parameters_per_layer + self.vocab_size * self.d_model
-        return 6 * matmul + 6 * self.n_layers * seen * self.n_heads * self.head_dim
-
-    def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes that one more token adds to the key-value cache, all layers together."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value
+__all__ = ["Config", "ConfigError", "DataConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -171,7 +74,7 @@ class OptimConfig:
     """Largest global norm of the gradient; 0 clips nothing."""
 
     def __post_init__(self):
-        _positive(self, "optim", "eps")
+        positive(self, "optim", "eps")
         for name in ("decay_fraction", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must lie between 0 and 1", f"optim.{name}")
@@ -238,7 +141,7 @@ class TrainConfig:
     """Steps to trace with the profiler, from the fourth on; 0 traces none."""
 
     def __post_init__(self):
-        _positive(self, "train", "steps keep_checkpoints log_every eval_tokens final_eval_tokens spike_deviations "
+        positive(self, "train", "steps keep_checkpoints log_every eval_tokens final_eval_tokens spike_deviations "
                                  "max_skipped")
         if self.sequence_length is not None and self.sequence_length < 1:
             raise ConfigError(f"sequence_length {self.sequence_length} must be at least 1, or null",
@@ -273,12 +176,6 @@ class Config:
     @property
     def sequence_length(self) -> int:
         return self.train.sequence_length or self.model.context_length
-
-
-def _positive(section, path: str, names: str) -> None:
-    for name in names.split():
-        if not 0 < getattr(section, name) < math.inf:
-            raise ConfigError(f"{name} {getattr(section, name)} must be above 0 and finite", f"{path}.{name}")
 
 
 def _values(setting: float | dict[int, float]) -> list[float]:

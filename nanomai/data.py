@@ -12,6 +12,7 @@ gives one *sample*: T inputs and T targets.
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -270,3 +271,11 @@ class Validation:
             mine = self.windows.rows(step[rank * share : (rank + 1) * share])
             rows = np.pad(mine, ((0, share - len(mine)), (0, 0)), constant_values=IGNORE)
             yield make_batch(rows, self.end_of_text)
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Each batch, and when it was asked for."""
+    asked_at = time.perf_counter()
+    for batch in batches:
+        yield asked_at, batch
+        asked_at = time.perf_counter()

@@ -12,6 +12,7 @@ import torch
 
 from nanomai import ops
 from nanomai.data import Batch, Validation, make_batch
+from nanomai.layers import evaluating
 from nanomai.model import Transformer
 from nanomai.parallel.mesh import Mesh
 from nanomai.tokenizer import Tokenizer
@@ -43,7 +44,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, batches: Iterable[Batch],
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for batch in batches:
         valid = batch.targets[batch.targets != ops.IGNORE]
-        nats = model(*(x.to(device) for x in batch), reduction="sum")
+        with evaluating(model):
+            nats = model(*(x.to(device) for x in batch), reduction="sum")
         total += torch.tensor([nats.item(), valid.numel(), sizes[valid].sum().item()], dtype=torch.float64)
     nats, tokens, n_bytes = mesh.sum(total).tolist()
     if not tokens:

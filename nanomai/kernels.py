@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-KERNELS = ("rms_norm", "rotary", "attention", "masked_attention", "swiglu", "linear_cross_entropy")
+KERNELS = ("rms_norm", "rotary", "attention", "masked_attention", "swiglu", "linear_cross_entropy",
+           "grouped_gemm")
 
 AUTO = ("masked_attention",)
 """What `auto` takes on a GPU: a kernel enters for a win over torch.compile in benchmarks/results/, or for memory. None

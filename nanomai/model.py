@@ -1,4 +1,6 @@
-"""The Transformer: every dense family, from GPT-2 to a 500B proposal, in one file that reads from top to bottom.
+"""The Transformer: every family, from GPT-2 to DeepSeek-V3 and a 500B proposal, by configuration alone.
+
+Read `layers.py` first; `moe.py` and `mla.py` hold the parts that take the place of an MLP or of attention.
 
 Letters: B batch, T sequence, D d_model, H query heads, G key-value heads, K head_dim, F d_ff, L layers, V vocabulary.
 
@@ -17,57 +19,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from nanomai import ops
-from nanomai.config import ModelConfig
+from nanomai import ops, rope
+from nanomai.architecture import ModelConfig
 from nanomai.kernels import parse as parse_kernels
-
-
-class Part(nn.Module):
-    """A module that calls ops for which there is more than one implementation."""
-
-    kernels: frozenset[str] | None = None  # those of kernels.KERNELS to use; None leaves it to each op
-
-    def impl(self, op: str) -> str:
-        """What to tell an op: auto, torch or triton."""
-        return "auto" if self.kernels is None else "triton" if op in self.kernels else "torch"
-
-
-class Linear(nn.Linear):
-    """A projection that computes in the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-class RMSNorm(Part):
-    """`ops.rms_norm` with its weight; with a residual, (x + residual, the norm of that)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps, self.impl("rms_norm"))
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.impl("rms_norm"))
-
-
-class LayerNorm(RMSNorm):
-    """`ops.layer_norm` with its weight and bias; with a residual as RMSNorm."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__(dim, eps)
-        self.bias = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        x = x if residual is None else x + residual
-        y = ops.layer_norm(x, self.weight, self.bias, self.eps)
-        return y if residual is None else (x, y)
-
-
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+from nanomai.layers import MLP, NORMS, Linear, Part, RMSNorm
+from nanomai.masks import Mask, block_sparse_mask, training_mask
+from nanomai.mla import LatentAttention
+from nanomai.moe import MoE
 
 
 class Attention(Part):
@@ -76,60 +34,57 @@ class Attention(Part):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.head_dim = config.head_dim
+        self.head_dim, self.eps = config.head_dim, config.norm_eps
+        # the scores are divided by sqrt(K) where they are made
+        self.q_scale = (config.attention_scale or 0) * math.sqrt(config.head_dim) or 1.0
         self.wq = Linear(d, q, bias="qkv" in config.biases)
         self.wk = Linear(d, kv, bias="qkv" in config.biases)
         self.wv = Linear(d, kv, bias="qkv" in config.biases)
         self.wo = Linear(q, d, bias="out" in config.biases)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+                                    for _ in range(2))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: ops.Mask, cache=None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask, cache=None) -> Tensor:
         q = rearrange(self.wq(x), "b t (h k) -> b h t k", k=self.head_dim)  # (B, H, T, K)
         k = rearrange(self.wk(x), "b t (g k) -> b g t k", k=self.head_dim)  # (B, G, T, K)
         v = rearrange(self.wv(x), "b t (g k) -> b g t k", k=self.head_dim)
         if rotary is not None:
-            q, k = ops.qk_rotary(q, k, *rotary, self.impl("rotary"))
+            weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+            q, k = ops.qk_rotary(q, k, *rotary, *weights, self.eps, self.impl("rotary"))
+        if self.q_scale != 1:
+            q = q * self.q_scale
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, G, S, K): the past and the present
         impl = self.impl("attention") if mask is None else "auto"  # whoever made the mask has chosen
         y = ops.attention(q, k, v, mask, impl)
         return self.wo(rearrange(y, "b h t k -> b t (h k)"))
 
-
-class MLP(Part):
-    """Up, a non-linearity, down. Its three forms: GELU (GPT-2), SwiGLU (arXiv 2002.05202), ReLU² (arXiv 2109.08668)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        d, f, bias = config.d_model, config.d_ff, "mlp" in config.biases
-        self.activation = config.activation
-        self.w_gate = Linear(d, f, bias=bias) if config.activation == "swiglu" else None
-        self.w_up = Linear(d, f, bias=bias)
-        self.w_down = Linear(f, d, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "swiglu":
-            h = ops.swiglu(self.w_gate(x), self.w_up(x), self.impl("swiglu"))  # (B, T, F)
-        elif self.activation == "gelu":
-            h = F.gelu(self.w_up(x), approximate="tanh")
-        else:
-            h = F.relu(self.w_up(x)).square()
-        return self.w_down(h)
+    def cache_widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, width) of the two tensors that a layer's cache holds."""
+        heads = self.wk.out_features // self.head_dim
+        return (heads, self.head_dim), (heads, self.head_dim)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)); or both at once, from one norm."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         norm = NORMS[config.norm]
         self.attention_norm = norm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = norm(config.d_model, config.norm_eps)
-        self.mlp = MLP(config)
+        self.attention = (LatentAttention if config.mla.kv_rank else Attention)(config)
+        self.mlp_norm = None if config.parallel_block else norm(config.d_model, config.norm_eps)
+        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config, config.d_ff, "mlp" in config.biases)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: ops.Mask, cache=None) -> Tensor:
-        x, h = self.mlp_norm(self.attention(self.attention_norm(x), rotary, mask, cache), residual=x)
-        return x + self.mlp(h)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask, cache=None,
+                aux_scale: Tensor | None = None) -> Tensor:
+        aux = (aux_scale,) if isinstance(self.mlp, MoE) else ()
+        h = self.attention_norm(x)
+        y = self.attention(h, rotary, mask, cache)
+        if self.mlp_norm is None:
+            return x + y + self.mlp(h, *aux)
+        x, h = self.mlp_norm(y, residual=x)
+        return x + self.mlp(h, *aux)
 
 
 class LinearCrossEntropy(Part):
@@ -150,7 +105,7 @@ class Transformer(Part):
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
         # keyed by the global layer index, so that a pipeline stage holds a slice under the same names
-        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layers)})
+        self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps)
         self.loss = LinearCrossEntropy()
         self.head = None  # the embedding serves as the head where they are tied
@@ -177,35 +132,70 @@ class Transformer(Part):
             raise ValueError(f"reduction {reduction!r} must be 'mean' or 'sum'")
         if document_ids is not None and document_ids.shape != ids.shape:
             raise ValueError(f"document_ids {tuple(document_ids.shape)} must have the shape of ids, {tuple(ids.shape)}")
-        x, rotary, mask = self._enter(ids, document_ids, cache)
-        for i, block in enumerate(self.blocks.values()):
-            x = block(x, rotary, mask, None if cache is None else cache.layers[i])
+        x, rotary, masks = self._enter(ids, document_ids, cache)
+        count = None if targets is None else (targets != ops.IGNORE).sum()
+        aux_scale = self._aux_scale(count, reduction)
+        for i, block in zip(map(int, self.blocks), self.blocks.values(), strict=True):
+            mask = masks[self.config.is_sparse(i)]
+            x = block(x, rotary, mask, None if cache is None else cache.layers[i], aux_scale)
         x = self.norm(x[:, -1:] if last_only else x)
+        if self.config.logit_scale != 1:
+            x = x * self.config.logit_scale
         weight, bias = (self.embed.weight, None) if self.head is None else (self.head.weight, self.head.bias)
         if targets is None:
             logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
             return logits.to(torch.promote_types(x.dtype, torch.float32))
         loss = self.loss(x.flatten(0, 1), weight, targets.flatten(), bias)
-        return loss if reduction == "sum" else loss / (targets != ops.IGNORE).sum()
+        return loss if reduction == "sum" else loss / count
+
+    def _aux_scale(self, count: Tensor | None, reduction: str) -> Tensor | None:
+        """What the routers' losses, which are means, are multiplied by: the count of tokens where the loss is a sum."""
+        if count is None or not self.training or not self.config.moe.n_experts:
+            return None
+        return count.float() if reduction == "sum" else torch.ones((), device=count.device)
 
     def _enter(self, ids: Tensor, document_ids: Tensor | None, cache):
-        """Embeddings, the rotation of every position, and who may look at whom."""
+        """Embeddings, the rotation of every position, and who may look at whom in a dense and in a sparse layer."""
         config, (_, t) = self.config, ids.shape
         keys = torch.arange(t, device=ids.device) if cache is None else cache.key_positions(t)
         positions = keys[..., -t:]  # (T,), or (B, T) where rows of a cache began at different places
         x = self.embed(ids).to(self.compute_dtype)  # (B, T, D)
+        if config.embedding_scale != 1:
+            x = x * config.embedding_scale
         if self.positions is not None:
             x = x + self.positions(positions.clamp_min(0)).to(x.dtype)
         rotary = None
         if config.position == "rope":
-            cos, sin = ops.rotary_table(positions, config.head_dim, config.rope_theta, x.dtype)
-            rotary = (cos, sin) if positions.ndim == 1 else (cos[:, None], sin[:, None])
+            rotary = self._rotary(positions, keys.shape[-1], t, torch.promote_types(x.dtype, torch.float32))
         if cache is not None:
             mask = cache.mask(positions, keys, config.sliding_window)
         else:
-            impl = "torch" if x.dtype == torch.float64 else self.impl("masked_attention")
-            mask = ops.training_mask(positions, config.sliding_window, document_ids, config.head_dim, impl)
-        return x, rotary, mask
+            impl = "torch" if config.mla.kv_rank or x.dtype == torch.float64 else self.impl("masked_attention")
+            mask = training_mask(positions, config.sliding_window, document_ids, config.head_dim, impl)
+        return x, rotary, (mask, self._sparse_mask(positions, keys, document_ids, cache))
+
+    def _rotary(self, positions: Tensor, length: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines in a text of `length` tokens, the last `new` of which are at `positions`."""
+        config = self.config
+        if new < length and rope.beyond(config, length) and not rope.beyond(config, length - new):
+            raise ValueError(f"the text outgrows rope_scaling.original_context {config.rope_scaling.original_context}, "
+                             "and what is cached was turned by the short factors: read the whole text again")
+        cos, sin = ops.cos_sin(positions, rope.frequencies(config, length, positions.device, dtype))
+        if (factor := rope.attention_factor(config)) != 1:
+            cos, sin = cos * factor, sin * factor
+        return (cos, sin) if positions.ndim == 1 else (cos[:, None], sin[:, None])
+
+    def _sparse_mask(self, positions: Tensor, keys: Tensor, document_ids: Tensor | None, cache) -> Tensor | None:
+        """For the block-sparse layers, if there are any: what a dense layer may see, less what is far."""
+        config, sparse = self.config, self.config.sparse
+        if not sparse.block:
+            return None
+        seen = block_sparse_mask(positions, keys, config.n_heads, sparse.block, sparse.local_blocks,
+                                 sparse.vertical_stride)
+        dense = cache.mask(positions, keys, None) if cache is not None else None
+        if document_ids is not None:
+            dense = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+        return seen if dense is None else seen & dense
 
 
 ROWS = 64  # of one independently seeded piece of a matrix
@@ -215,19 +205,22 @@ ROWS = 64  # of one independently seeded piece of a matrix
 def init_weights(model: Transformer, seed: int = 1337) -> None:
     """Normal weights of std `init_std`, smaller by sqrt(2 L) where a matrix writes to the residual stream (GPT-2).
 
-    Each block of 64 rows of each matrix has its own generator, keyed by (seed, name, block), so a rank that holds any
-    slice of a 500B model can draw its own numbers, and 1 rank or 4,096 begin with the same model.
+    Each block of 64 rows of each matrix has its own generator, keyed by (seed, name, expert, block), so a rank that
+    holds any slice of a 500B model can draw its own numbers, and 1 rank or 4,096 begin with the same model.
     """
     config = model.config
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
-        writes_residual = name.endswith(("wo.weight", "w_down.weight"))
+        writes_residual = name.endswith(("wo.weight", "w_down.weight", "experts.w_down"))
         std = config.init_std / math.sqrt(2 * config.n_layers) if writes_residual else config.init_std
-        for block, rows in enumerate(parameter.split(ROWS)):
-            generator = torch.Generator().manual_seed(_key(f"{seed}/{name}/{block}"))
-            rows.copy_(torch.empty(rows.shape).normal_(0.0, std, generator=generator))
+        matrices = parameter.unbind() if parameter.ndim == 3 else [parameter]
+        for expert, matrix in enumerate(matrices):
+            place = f"{seed}/{name}/{expert}" if parameter.ndim == 3 else f"{seed}/{name}"
+            for block, rows in enumerate(matrix.split(ROWS)):
+                generator = torch.Generator().manual_seed(_key(f"{place}/{block}"))
+                rows.copy_(torch.empty(rows.shape).normal_(0.0, std, generator=generator))
 
 
 def _key(text: str) -> int:

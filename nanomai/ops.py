@@ -12,7 +12,6 @@ rotations and losses are computed in float32 at least, because bfloat16 keeps on
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanomai.kernels import uses_triton
+from nanomai.masks import FlashMask, Mask, attention_mask, causal_mask, training_mask  # noqa: F401 (handed on)
 
 IGNORE = -100  # a target that carries no loss
 
@@ -79,33 +79,42 @@ def rotary_table(positions: Tensor, dim: int, theta: float,
                  dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle position * theta^(-2i/dim): (..., T) -> two of (..., T, dim/2)."""
     wide = torch.promote_types(dtype, torch.float32)
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim)  # (dim/2,)
-    angles = positions.to(wide)[..., None] * frequencies  # (..., T, dim/2)
+    return cos_sin(positions, theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim))
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle: (..., T) and (R/2,) radians a position -> two of (..., T, R/2)."""
+    angles = positions.to(frequencies.dtype)[..., None] * frequencies  # (..., T, R/2)
     return angles.cos(), angles.sin()
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (x[i], x[i + K/2]) by its angle (RoPE, Su et al. 2021, arXiv 2104.09864; the halves of Llama).
 
-    x (B, H, T, K); cos, sin (T, K/2), or (B, 1, T, K/2) where rows stand at different positions.
+    x (B, H, T, K); cos, sin (T, K/2), or (B, 1, T, K/2) where rows stand at different positions. With narrower tables,
+    (T, R/2), only the first R numbers of a head are turned.
     """
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)  # (B, H, T, K/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    turned, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    a, b = turned.to(cos.dtype).chunk(2, dim=-1)  # (B, H, T, R/2) each
+    return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), dim=-1)
 
 
-def qk_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """`rotary` of queries (B, H, T, K) and keys (B, G, T, K)."""
+def qk_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None = None,
+              k_weight: Tensor | None = None, eps: float = 1e-6, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """`rotary` of queries (B, H, T, K) and keys (B, G, T, K); with weights (K,), of their `rms_norm`s."""
     if uses_triton("rotary", _fits(q), impl):
         from triton_kernels.qk_norm_rope import qk_norm_rope as kernel
-        return kernel(q, k, cos, sin)
+        return kernel(q, k, cos, sin, q_weight, k_weight, eps)
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps, "torch"), rms_norm(k, k_weight, eps, "torch")
     return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
 def rotary_plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The definition of `rotary`."""
-    a, b = x.chunk(2, dim=-1)
-    turned = torch.complex(a, b) * torch.complex(cos, sin)  # a rotation is a product of complex numbers
-    return torch.cat((turned.real, turned.imag), dim=-1)
+    r = cos.shape[-1]
+    turned = torch.complex(x[..., :r], x[..., r : 2 * r]) * torch.complex(cos, sin)  # a product of complex numbers
+    return torch.cat((turned.real, turned.imag, x[..., 2 * r :]), dim=-1)
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
@@ -118,44 +127,6 @@ EXPLICIT_SCORES_LIMIT = 512 * 512
 # the library would take (pytorch/pytorch 142132). It plans anew for each shape, so not where a cache grows by tokens.
 LIBRARY_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                      SDPBackend.MATH]
-
-
-def attention_mask(query_positions: Tensor, key_positions: Tensor, window: int | None = None,
-                   query_documents: Tensor | None = None, key_documents: Tensor | None = None) -> Tensor:
-    """True where a query may look: not ahead, not beyond the window, not into another document.
-
-    positions (T,), (S,) or (B, T), (B, S); documents (B, T), (B, S). Returns (T, S) or (B, 1, T, S).
-    """
-    distance = query_positions[..., :, None] - key_positions[..., None, :]
-    allowed = distance >= 0
-    if window is not None:
-        allowed = allowed & (distance < window)
-    if query_documents is not None:
-        allowed = allowed & (query_documents[:, :, None] == key_documents[:, None, :])
-    return allowed[:, None] if allowed.ndim == 3 else allowed
-
-
-class FlashMask(NamedTuple):
-    """A mask that never exists as a matrix: causal, within a window, within a document."""
-
-    window: int | None
-    reach: Tensor | None  # (B, 2, S): first and last position of each position's document
-
-
-Mask = Tensor | FlashMask | None
-
-
-def training_mask(positions: Tensor, window: int | None, documents: Tensor | None, head_dim: int,
-                  impl: str = "auto") -> Mask:
-    """The mask of whole sequences for `attention`, made once for all layers. positions (T,), documents (B, T)."""
-    if window is None and documents is None:
-        return None
-    if impl == "auto" and head_dim > 128:  # wider heads than the kernel's
-        impl = "torch"
-    if not uses_triton("masked_attention", positions.is_cuda, impl):
-        return attention_mask(positions, positions, window, documents, documents)
-    from triton_kernels.flash_attention import document_reach
-    return FlashMask(window, None if documents is None else document_reach(documents))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | FlashMask | None = None, impl: str = "auto") -> Tensor:
@@ -194,12 +165,6 @@ def attention_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return scores.softmax(-1).to(q.dtype) @ v
 
 
-def causal_mask(q: Tensor, k: Tensor) -> Tensor:
-    """(T, S) for queries that are the last T of S positions."""
-    positions = torch.arange(k.shape[2], device=q.device)
-    return attention_mask(positions[-q.shape[2]:], positions)
-
-
 # --- The MLP ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +179,21 @@ def swiglu(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
 def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
     """The definition of `swiglu`."""
     return gate / (1 + torch.exp(-gate)) * up
+
+
+def gegelu(gate: Tensor, up: Tensor) -> Tensor:
+    """phi-3-small's: x sigmoid(1.702 x) of the gate times up + 1, both kept within 20."""
+    gate, up = gate.clamp(max=20.0), up.clamp(-20.0, 20.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def activate(name: str, up: Tensor, gate: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """The non-linearity of an MLP: `gelu` (GPT-2's tanh), `relu2` (arXiv 2109.08668), or one of those above, gated."""
+    if name == "swiglu":
+        return swiglu(gate, up, impl)
+    if name == "gegelu":
+        return gegelu(gate, up)
+    return F.gelu(up, approximate="tanh") if name == "gelu" else F.relu(up).square()
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ from nanomai.config import OptimConfig
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """A projection inside a block: what Muon orthogonalises."""
-    return parameter.ndim == 2 and ".blocks." in f".{name}"
+    """A projection inside a block, or a stack of one for each expert, and no router: what Muon orthogonalises."""
+    return parameter.ndim >= 2 and ".blocks." in f".{name}" and not name.endswith("router.weight")
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
     """Weight decay is for matrices that multiply: not for embeddings, norms or biases."""
-    return is_hidden_matrix(name, parameter) or (parameter.ndim == 2 and name.startswith("head."))
+    return is_hidden_matrix(name, parameter) or name == "head.weight" or name.endswith("router.weight")
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig, dtype: torch.dtype | None = None) -> list[Optimizer]:
@@ -70,7 +70,8 @@ class Muon(Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024; scaled as in arXiv 2502.16982).
 
     The update of an (m, n) matrix is 0.2 sqrt(max(m, n)) times its orthogonalised Nesterov momentum, which has the
-    root mean square of an AdamW update. Matrices of one shape go through Newton-Schulz together.
+    root mean square of an AdamW update. Matrices of one shape go through Newton-Schulz together, as do those of a
+    stack (E, m, n) of experts, each by itself.
     """
 
     def __init__(self, parameters: list[Tensor], momentum: float = 0.95, weight_decay: float = 0.0,
@@ -89,9 +90,9 @@ class Muon(Optimizer):
                     by_shape[p.shape].append(p)
             for shape, parameters in by_shape.items():
                 directions = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
-                updates = orthogonalize(directions.to(self.dtype or directions.dtype))
-                scale = 0.2 * math.sqrt(max(shape))
-                for p, update in zip(parameters, updates.unbind(), strict=True):
+                updates = orthogonalize(directions.flatten(0, -3).to(self.dtype or directions.dtype))
+                scale = 0.2 * math.sqrt(max(shape[-2:]))
+                for p, update in zip(parameters, updates.view(directions.shape).unbind(), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
 

@@ -130,8 +130,8 @@ def begin_from(model: Transformer, name: str | Path, tokenizer: Tokenizer) -> No
 
 
 def model_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under the names that checkpoints use."""
-    return {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    """The weights, and the buffers that training changes, under the names that checkpoints use."""
+    return {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 class Metrics:

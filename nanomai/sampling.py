@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from nanomai import ops
+from nanomai.layers import evaluating
 from nanomai.model import Transformer
+from nanomai.rope import beyond
 from nanomai.tokenizer import Tokenizer
 
 
@@ -23,8 +25,8 @@ class SamplingError(ValueError):
 class LayerCache:
     """Keys and values of one layer, written into room that is set aside once."""
 
-    def __init__(self, shape: tuple[int, int, int, int], like: Tensor):
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)  # (B, G, S, K)
+    def __init__(self, batch_size: int, capacity: int, widths: tuple[tuple[int, int], tuple[int, int]], like: Tensor):
+        self.keys, self.values = (like.new_empty(batch_size, heads, capacity, width) for heads, width in widths)
         self.length = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +44,9 @@ class KVCache:
     """
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int, padding: Tensor | None = None):
-        config, like = model.config, torch.empty(0, dtype=model.compute_dtype, device=model.embed.weight.device)
-        shape = (batch_size, config.n_kv_heads, capacity, config.head_dim)
-        self.layers = [LayerCache(shape, like) for _ in range(config.n_layers)]
+        like = torch.empty(0, dtype=model.compute_dtype, device=model.embed.weight.device)
+        self.layers = [LayerCache(batch_size, capacity, block.attention.cache_widths(), like)
+                       for block in model.blocks.values()]
         self.padding = padding if padding is not None and bool(padding.any()) else None
 
     @property
@@ -124,13 +126,14 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
     seen = torch.zeros(len(texts), model.config.vocab_size, dtype=torch.bool, device=device)
     for row, text in enumerate(texts):
         seen[row, text] = True
-    keep = max(1, context - 1)  # room for at least one new token
     cache = fresh = None
     for _ in range(max_tokens):
-        if cache is None or cache.length == context:
+        full = cache is not None and cache.length == context
+        if cache is None or full or _outgrows(model, cache.length):
+            keep = max(1, context // 2 if full else context - 1)  # room for at least one new token
             cache, fresh = _prefill(model, [text[-keep:] for text in texts], context)
-            keep = max(1, context // 2)
-        logits = model(fresh, cache=cache, last_only=True)[:, -1, :vocab_size]
+        with evaluating(model):
+            logits = model(fresh, cache=cache, last_only=True)[:, -1, :vocab_size]
         if repetition_penalty != 1:
             logits = penalize_repetition(logits, seen[:, :vocab_size], repetition_penalty)
         token = choose(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
@@ -142,6 +145,11 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
         if all(done):
             return
         yield [None if done[row] else token for row, token in enumerate(step)]
+
+
+def _outgrows(model: Transformer, length: int) -> bool:
+    """Whether the next token turns all keys another way (LongRoPE), so that those in the cache are of no use."""
+    return beyond(model.config, length + 1) and not beyond(model.config, length)
 
 
 def _prefill(model: Transformer, texts: list[list[int]], context: int) -> tuple[KVCache, Tensor]:

@@ -20,10 +20,11 @@ import torch
 from nanomai import checkpoint, machine, runs
 from nanomai.config import Config, ConfigError
 from nanomai.config_file import load_config
-from nanomai.data import Batch, rank_spans
+from nanomai.data import Batch, rank_spans, timed
 from nanomai.evaluation import Evaluation, compressed_bits_per_byte, evaluate, validation_text
 from nanomai.guard import SpikeGuard
 from nanomai.model import Transformer, build_model
+from nanomai.moe import balance_experts
 from nanomai.ops import IGNORE
 from nanomai.optim import build_optimizers, learning_rate, named_state, piecewise, set_learning_rate
 from nanomai.parallel.apply import clip_gradients, parallelize, sum_gradients
@@ -162,7 +163,7 @@ class Trainer:
         train = self.config.train
         batches = self.loader.batches(self.samples, self._batch_samples(), self.mesh.rank, self.mesh.world_size)
         with contextlib.closing(batches):
-            for asked_at, batch in _timed(batches):
+            for asked_at, batch in timed(batches):
                 row = self.step(batch, asked_at)
                 if row is None:
                     return self._interrupted()
@@ -206,6 +207,7 @@ class Trainer:
             set_learning_rate(self.optimizers, lr)
             for optimizer in self.optimizers:
                 optimizer.step()
+            balance_experts(self.model, self.mesh.sum)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.steps_done, self.samples = self.steps_done + 1, self.samples + int(n_samples)
@@ -286,14 +288,6 @@ class Trainer:
         losses = [row["loss"] for row in self.metrics.rows if row.get("loss") is not None] if self.metrics else []
         val = self.val if finished else None
         return RunResult(self.folder, self.steps_done, losses, val and val.loss, val and val.bits_per_byte, finished)
-
-
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[float, Batch]]:
-    """Each batch, and when it was asked for."""
-    asked_at = time.perf_counter()
-    for batch in batches:
-        yield asked_at, batch
-        asked_at = time.perf_counter()
 
 
 def _due(every: int, step: int) -> bool:

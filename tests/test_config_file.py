@@ -208,7 +208,9 @@ def test_the_file_is_readable_by_a_person():
 @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_is_complete(path):
     """Whoever reads it sees the whole architecture and recipe; only what is off by default may be left out."""
-    written, off = yaml.safe_load(path.read_text()), {"sliding_window", "biases"}
+    written, off = yaml.safe_load(path.read_text()), {
+        "sliding_window", "biases", "moe", "mla", "sparse", "rope_scaling", "rotary_dim", "qk_norm", "parallel_block",
+        "attention_scale", "embedding_scale", "logit_scale"}
     expected = {field.name for field in dataclasses.fields(ModelConfig)} - off
     if written["model"]["position"] == "learned":
         expected.remove("rope_theta")

@@ -15,21 +15,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BELOW_TRAINER = """config config_file files kernels ops moe mla model tokenizer corpus shards data optim parallel
-                   checkpoint planner runs sampling evaluation hub simulator machine guard preparation report"""
+BELOW_TRAINER = """architecture config config_file files kernels masks ops rope layers grouped moe mla model tokenizer
+                   corpus shards data optim parallel checkpoint planner runs sampling evaluation hub simulator machine
+                   guard preparation report"""
 PUBLIC = BELOW_TRAINER + " show trainer post"
 
 # A room is a file or a folder of nanomai/. Inside a folder all is allowed; `folder.file` gives one file its own line.
 MAY_IMPORT = {
     "files": "",
-    "config": "",
+    "architecture": "",
+    "config": "architecture",
     "config_file": "config",
     "triton_kernels": "",
     "kernels": "",
-    "ops": "kernels triton_kernels",
-    "moe": "config ops",
-    "mla": "config ops",
-    "model": "config kernels ops moe mla",
+    "masks": "kernels triton_kernels",
+    "ops": "kernels masks triton_kernels",
+    "rope": "architecture",
+    "layers": "architecture ops",
+    "grouped": "kernels ops triton_kernels",
+    "moe": "architecture grouped layers ops",
+    "mla": "architecture layers ops",
+    "model": "architecture kernels layers masks mla moe ops rope",
     "tokenizer": "files",
     "corpus": "config",
     "shards": "config files tokenizer",
@@ -45,8 +51,8 @@ MAY_IMPORT = {
     "report": "config show",
     "preparation": "config corpus tokenizer shards data machine",  # how many cores may tokenize
     "runs": "config config_file files model checkpoint tokenizer",
-    "sampling": "ops model tokenizer",  # the cache makes the masks of its rows
-    "evaluation": "data ops model parallel tokenizer sampling",  # a sum over all ranks, through the model's own loss
+    "sampling": "layers ops model rope tokenizer",  # the cache makes the masks of its rows
+    "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks
     "hub": "config model tokenizer",
     "simulator": "config model parallel optim",
     "trainer": BELOW_TRAINER + " show",  # the loss curve of every run folder
@@ -60,6 +66,7 @@ MAY_IMPORT = {
 # Packages of other people. A room without a line may need CORE: what is installed wherever something trains.
 CORE = "torch numpy einops tiktoken safetensors yaml rich matplotlib"
 MAY_NEED = {
+    "architecture": "",
     "config": "",
     "config_file": "yaml",
     "kernels": "",
@@ -268,8 +275,9 @@ FAULTS = [
 FAULTLESS = {
     "__init__.py": "def __getattr__(name):\n    from nanomai import trainer",
     "config.py": "",
+    "architecture.py": "",
     "ops.py": 'def f():\n    """A docstring\n    is not\n    counted."""\n' + "    pass\n" * 39,
-    "model.py": "from nanomai import ops\nfrom nanomai.config import C\nimport torch\n" + "x = 1\n" * 397,
+    "model.py": "from nanomai import ops\nfrom nanomai.architecture import C\nimport torch\n" + "x = 1\n" * 397,
     "parallel/tensor.py": "from nanomai import ops\nfrom . import mesh",
     "parallel/mesh.py": "",
     "parallel/launch.py": "import os\nx = os.environ",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanomai import kernels, machine, ops
+from nanomai.architecture import MoEConfig
 from nanomai.config import Config, ConfigError, ModelConfig, TrainConfig
 from nanomai.model import build_model
 
@@ -32,9 +33,10 @@ def test_what_a_setting_means():
 
 
 def test_a_model_hands_it_to_every_part():
-    model = build_model(ModelConfig())
+    model = build_model(ModelConfig(moe=MoEConfig(n_experts=4, d_expert=8, n_shared_experts=1)))
     block = model.blocks["0"]
-    parts = {"rms_norm": [block.attention_norm, block.mlp_norm, model.norm], "swiglu": [block.mlp],
+    parts = {"grouped_gemm": [block.mlp.experts], "swiglu": [block.mlp.shared],
+             "rms_norm": [block.attention_norm, block.mlp_norm, model.norm],
              "linear_cross_entropy": [model.loss], "masked_attention": [model],
              "rotary": [block.attention], "attention": [block.attention]}
     assert parts.keys() == set(kernels.KERNELS)
@@ -45,7 +47,7 @@ def test_a_model_hands_it_to_every_part():
         assert {part.impl(name) for name in parts for part in parts[name] if name != chosen} == {"torch"}
         assert {part.impl(chosen) for part in parts[chosen]} == {"triton"}
     model.set_kernels("auto")
-    assert block.mlp.impl("swiglu") == "auto"
+    assert block.mlp.shared.impl("swiglu") == "auto"
 
 
 def test_auto_is_decided_once(monkeypatch):

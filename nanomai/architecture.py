@@ -1,0 +1,300 @@
+"""What a model is: its dimensions and switches, and how many parameters and FLOPs follow from them.
+
+Families differ by these values alone. A part that a family leaves out stays at its default, which means "none".
+
+Letters used here and in every file: B batch, T sequence length, D `d_model`, H `n_heads`, G `n_kv_heads`,
+K `head_dim`, F `d_ff`, L `n_layers`, V `vocab_size`, E `moe.n_experts`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: one line that names the file, the line, the field, and what to do."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field  # dotted name, so that the loader can find its line in the file
+
+
+def positive(section, path: str, names: str) -> None:
+    """ConfigError unless each of these fields is above 0 and finite."""
+    for name in names.split():
+        if not 0 < (value := getattr(section, name)) < math.inf:
+            raise ConfigError(f"{name} {value} must be above 0 and finite", f"{path}.{name}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched over contexts longer than the first training's; see `rope.py`."""
+
+    kind: Literal["none", "linear", "ntk", "llama3", "longrope"] = "none"
+    """linear (arXiv 2306.15595), ntk (a larger theta), llama3 (by wavelength), longrope (arXiv 2402.13753)."""
+    original_context: int = 0
+    """The context of the first training, in tokens."""
+    factor: float = 1.0
+    """How many times longer; linear, ntk and llama3."""
+    low_frequency: float = 1.0
+    """llama3: waves that turn less often than this in the original context are stretched by the whole factor."""
+    high_frequency: float = 4.0
+    """llama3: waves that turn more often stay; between the two the stretch is interpolated."""
+    short_factors: tuple[float, ...] = ()
+    """longrope, one for each pair: of the wavelengths while the text fits into the original context."""
+    long_factors: tuple[float, ...] = ()
+    """longrope, one for each pair: beyond it."""
+    attention_factor: float | None = None
+    """longrope: multiplies cosine and sine; None: sqrt(1 + ln s / ln original), s = context_length / original."""
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """Layers that see only near blocks of keys and every so many-th far one, taking turns with dense layers."""
+
+    block: int = 0
+    """Positions in a block; 0: all layers are dense."""
+    local_blocks: int = 1
+    """The nearest blocks that a query sees, its own included."""
+    vertical_stride: int = 0
+    """Every so many-th block is seen from everywhere after it, another one in each head; 0: none."""
+    dense_every: int = 2
+    """Every so many-th layer is dense: of 2, the layers 1, 3, 5, ..."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts: MLPs of which each token meets a few (arXiv 1701.06538)."""
+
+    n_experts: int = 0
+    """E: routed experts in each such layer; 0: every MLP is dense."""
+    experts_per_token: int = 2
+    """Routed experts that one token meets."""
+    d_expert: int = 0
+    """Width of one expert, as d_ff is of a dense MLP."""
+    n_shared_experts: int = 0
+    """Experts that every token meets beside the routed ones; together one MLP of n_shared_experts d_expert."""
+    n_dense_layers: int = 0
+    """The first so many layers keep a dense MLP of width d_ff."""
+    router: Literal["softmax", "sparsemixer", "sigmoid"] = "softmax"
+    """softmax (Mixtral), sparsemixer (arXiv 2409.12136), sigmoid with a selection bias (DeepSeek-V3)."""
+    n_groups: int = 1
+    """sigmoid: the experts stand in so many groups ..."""
+    groups_per_token: int = 1
+    """... and a token chooses from so many of them."""
+    weight_scale: float = 1.0
+    """sigmoid: multiplies the weights, which sum to one."""
+    jitter: float = 0.0
+    """sparsemixer: experts whose scores lie further apart than 2 jitter, relatively, do not compete."""
+    balance_loss: float = 0.0
+    """Weight of the loss that is 1 when all experts are chosen alike (arXiv 2101.03961)."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's logits (arXiv 2202.08906)."""
+    bias_speed: float = 0.0
+    """How far a step moves the selection bias of a busy or idle expert (arXiv 2408.15664); no loss is needed then."""
+
+    def __post_init__(self):
+        if not self.n_experts:
+            return
+        positive(self, "model.moe", "n_experts experts_per_token d_expert n_groups groups_per_token weight_scale")
+        if self.experts_per_token > self.n_experts:
+            raise ConfigError(f"experts_per_token {self.experts_per_token} of n_experts {self.n_experts}: a token can "
+                              "meet each once", "model.moe.experts_per_token")
+        if self.router == "sparsemixer" and self.experts_per_token != 2:
+            raise ConfigError(f"sparsemixer chooses 2 experts, not {self.experts_per_token}",
+                              "model.moe.experts_per_token")
+        if self.n_experts % self.n_groups or self.groups_per_token > self.n_groups:
+            raise ConfigError(f"{self.n_experts} experts in {self.n_groups} groups, {self.groups_per_token} for a "
+                              "token: the groups must be alike, and so many", "model.moe.n_groups")
+        if self.bias_speed and self.router != "sigmoid":
+            raise ConfigError("bias_speed moves the selection bias of the sigmoid router; "
+                              f"{self.router} has none", "model.moe.bias_speed")
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values come from one short vector."""
+
+    kv_rank: int = 0
+    """Numbers of the latent that a token leaves in the cache; 0: plain attention."""
+    q_rank: int = 0
+    """Numbers of the queries' latent; 0: queries straight from the input."""
+    rope_dim: int = 64
+    """Numbers of a head that are turned by position; all heads share those of the key."""
+    v_dim: int = 128
+    """Numbers of a value in one head; head_dim - rope_dim numbers of a key are not turned."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. `model.py` has no branch on a family's name."""
+
+    n_layers: int = 4
+    """L: blocks of attention and MLP."""
+    d_model: int = 128
+    """D: numbers that stand for one token between the blocks."""
+    n_heads: int = 2
+    """H: query heads."""
+    n_kv_heads: int = 1
+    """Fewer than n_heads is grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
+    head_dim: int = 64
+    """K: numbers in a query, key or value of one head."""
+    d_ff: int = 384
+    """F: width of the MLP inside a block."""
+    vocab_size: int = 512
+    """V: tokens that the embedding and the output know; at least the tokenizer's."""
+    context_length: int = 256
+    """The longest sequence the model is built for, in tokens."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Before attention, before the MLP and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the mean square, or variance, under the root."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key before they are turned (arXiv 2302.05442)."""
+    parallel_block: bool = False
+    """Attention and MLP read one norm and are added together (GPT-J, phi-1 to phi-2)."""
+    activation: Literal["swiglu", "gelu", "relu2", "gegelu"] = "swiglu"
+    """Of the MLP; `swiglu` and `gegelu` have a third matrix, the gate."""
+    position: Literal["rope", "learned"] = "rope"
+    """`rope` turns queries and keys; `learned` adds a table of context_length vectors."""
+    rope_theta: float = 10_000.0
+    """Base of the rotation's wavelengths; larger for longer contexts."""
+    rotary_dim: int | None = None
+    """The first so many numbers of a head are turned; None: all."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """For contexts beyond the first training's."""
+    sliding_window: int | None = None
+    """Position i sees position j only if 0 <= i - j < sliding_window. None: all of the past."""
+    sparse: SparseAttention = field(default_factory=SparseAttention)
+    """Layers that see less."""
+    attention_scale: float | None = None
+    """Multiplies the scores; None: 1 / sqrt(K)."""
+    embedding_scale: float = 1.0
+    """Multiplies the embeddings (muP, arXiv 2203.03466)."""
+    logit_scale: float = 1.0
+    """Multiplies the logits (muP)."""
+    biases: tuple[Literal["qkv", "out", "mlp", "head"], ...] = ()
+    """Which projections carry a bias; experts never do. LayerNorm always has one, RMSNorm never."""
+    tied_embeddings: bool = True
+    """The output head is the embedding, transposed."""
+    init_std: float = 0.02
+    """Of the normal distribution that initial weights are drawn from."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Experts in place of the MLP."""
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    """Latents in place of keys and values."""
+
+    def __post_init__(self):
+        positive(self, "model", "n_layers d_model n_heads n_kv_heads head_dim d_ff vocab_size context_length norm_eps "
+                                "init_std rope_theta embedding_scale logit_scale")
+        for fault, path in _faults(self):
+            raise ConfigError(fault, f"model.{path}")
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "gegelu")
+
+    @property
+    def turned_dim(self) -> int:
+        """Numbers of a head that rotary positions turn."""
+        return self.mla.rope_dim if self.mla.kv_rank else self.rotary_dim or self.head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether that layer's MLP is a mixture of experts."""
+        return self.moe.n_experts > 0 and layer >= self.moe.n_dense_layers
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.sparse.block > 0 and (layer + 1) % self.sparse.dense_every != 0
+
+    def norm_parameters(self, dim: int) -> int:
+        return dim * (2 if self.norm == "layernorm" else 1)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of the attention of one layer."""
+        d, h, k, m = self.d_model, self.n_heads, self.head_dim, self.mla
+        if m.kv_rank:
+            q = d * m.q_rank + m.q_rank + m.q_rank * h * k if m.q_rank else d * h * k
+            latent = d * (m.kv_rank + m.rope_dim) + m.kv_rank
+            return q + latent + m.kv_rank * h * (k - m.rope_dim + m.v_dim) + h * m.v_dim * d
+        q, kv, bias = h * k, self.n_kv_heads * k, self.biases
+        norms = 2 * k * self.qk_norm
+        return d * q + 2 * d * kv + q * d + (q + 2 * kv) * ("qkv" in bias) + d * ("out" in bias) + norms
+
+    def mlp_parameters(self, layer: int, active: bool = False) -> int:
+        """Of the MLP of one layer; `active` counts only the experts that one token meets."""
+        d, m, n_in = self.d_model, self.moe, 2 if self.gated else 1
+        if not self.has_experts(layer):
+            return (n_in + 1) * d * self.d_ff + (n_in * self.d_ff + d) * ("mlp" in self.biases)
+        met = (m.experts_per_token if active else m.n_experts) + m.n_shared_experts
+        return d * m.n_experts + met * (n_in + 1) * d * m.d_expert
+
+    def _count(self, active: bool) -> int:
+        d, v = self.d_model, self.vocab_size
+        head = 0 if self.tied_embeddings else v * d + v * ("head" in self.biases)
+        positions = self.context_length * d if self.position == "learned" else 0
+        final_norm = self.norm_parameters(d)
+        return v * d + head + positions + final_norm + self._layer_parameters(active)
+
+    def _layer_parameters(self, active: bool) -> int:
+        norms = (1 if self.parallel_block else 2) * self.norm_parameters(self.d_model)
+        mlps = sum(self.mlp_parameters(i, active) for i in range(self.n_layers))
+        return mlps + self.n_layers * (self.attention_parameters + norms)
+
+    @property
+    def n_parameters(self) -> int:
+        """Every trainable number, exactly; a tied embedding is counted once. The selection bias is not trained."""
+        return self._count(active=False)
+
+    @property
+    def n_active_parameters(self) -> int:
+        """Those that one token meets: all but the experts that it is not sent to."""
+        return self._count(active=True)
+
+    def flops_per_token(self, sequence_length: int | None = None) -> int:
+        """FLOPs of one training token, forward and backward: 6 for each weight it meets, plus causal attention.
+
+        The embedding look-up costs nothing; the output head costs 6 V D even when it is tied. Attention over a
+        causal sequence meets (T + 1) / 2 keys on average, taken as T / 2: 6 L T H K a token (12 when the masked
+        half is counted too, as some publications do); a sparse layer is counted as if dense. Norms, softmax and the
+        optimizer are left out.
+        """
+        t = sequence_length or self.context_length
+        window = min(t, self.sliding_window or t)
+        seen = 2 * window - window * window // t  # twice the mean number of keys: t without a window
+        matmul = self._layer_parameters(active=True) + self.vocab_size * self.d_model
+        widths = self.head_dim + (self.mla.v_dim if self.mla.kv_rank else self.head_dim)  # q k^T, and p v
+        return 6 * matmul + 3 * self.n_layers * seen * self.n_heads * widths
+
+    def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Bytes that one more token adds to the key-value cache, all layers together."""
+        m = self.mla
+        values = m.kv_rank + m.rope_dim if m.kv_rank else 2 * self.n_kv_heads * self.head_dim
+        return self.n_layers * values * bytes_per_value
+
+
+def _faults(c: ModelConfig):
+    """(what is wrong, field) of each combination that cannot work."""
+    if c.n_heads % c.n_kv_heads:
+        yield (f"n_heads {c.n_heads} is not divisible by n_kv_heads {c.n_kv_heads}; "
+               "every key-value head must serve the same number of query heads"), "n_kv_heads"
+    if c.position == "rope" and c.turned_dim % 2:
+        name = "rotary_dim" if c.rotary_dim else "head_dim"
+        yield f"{name} {c.turned_dim} is odd; rotary positions turn pairs of numbers", name
+    if not 0 < c.turned_dim <= c.head_dim:
+        yield f"{c.turned_dim} numbers of a head are to be turned and it has {c.head_dim}", "rotary_dim"
+    if c.sliding_window is not None and c.sliding_window < 1:
+        yield f"sliding_window {c.sliding_window} must be at least 1, or null", "sliding_window"
+    if c.tied_embeddings and "head" in c.biases:
+        yield "a head bias needs tied_embeddings: false", "biases"
+    pairs, s = c.turned_dim // 2, c.rope_scaling
+    if s.kind != "none" and not 0 < s.original_context <= c.context_length:
+        yield (f"original_context {s.original_context} must lie above 0, up to context_length {c.context_length}",
+               "rope_scaling.original_context")
+    if s.kind == "longrope" and {len(s.short_factors), len(s.long_factors)} != {pairs}:
+        yield (f"longrope has {len(s.short_factors)} short and {len(s.long_factors)} long factors; a head has {pairs} "
+               "pairs"), "rope_scaling.long_factors"
+    if c.mla.kv_rank and (c.n_kv_heads != c.n_heads or c.sliding_window or c.biases or c.qk_norm):
+        yield "latent attention has no groups (n_kv_heads = n_heads), window, biases or qk_norm here", "mla.kv_rank"
