@@ -66,14 +66,23 @@ def described(text, flag):
     return re.sub(r"\(default:.*", "", " ".join(found[1].replace("│", " ").split())).strip()
 
 
+def flags(kind, name):
+    """The flags of a section and of the sections in it."""
+    for field in dataclasses.fields(kind):
+        inner = field.default_factory
+        if dataclasses.is_dataclass(inner):
+            yield from flags(inner, f"{name}.{field.name}")
+        else:
+            yield f"{name}.{field.name}".replace("_", "-")
+
+
 @pytest.mark.parametrize("command", ["train", "prepare"])
 def test_every_setting_has_its_help(command, capsys):
     text = help_of(capsys, command, "tiny.yaml")
     for section in dataclasses.fields(Config):
         if section.name == "name":
             continue
-        for field in dataclasses.fields(section.default_factory):
-            flag = f"{section.name}.{field.name}".replace("_", "-")
+        for flag in flags(section.default_factory, section.name):
             assert len(described(text, flag)) > 8, f"--{flag} has no help"
     assert "(default: 12)" in text  # the file's own value
 

@@ -25,7 +25,7 @@ SHAPES = {
 def check_count(count: Callable[[SimpleNamespace], int]) -> None:
     """`count(c)` gives the parameters of a model with the dimensions in `c`, which knows nothing else."""
     for name, config in SHAPES.items():
-        answer = count(SimpleNamespace(**dataclasses.asdict(config)))
+        answer = count(SimpleNamespace(**vars(config)))
         assert answer == config.n_parameters, (
             f"a model {name} has {config.n_parameters} parameters, and your formula gives {answer}: {config}")
 
