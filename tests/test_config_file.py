@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanomai.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanomai.config_file import CONFIG_FOLDER, config_from_dict, find_config, load_config, replace, to_yaml
 
-NAMES = ", ".join(sorted(p.stem for p in CONFIG_FOLDER.glob("*.yaml")))
+NAMES = ", ".join(p.stem for p in sorted(CONFIG_FOLDER.glob("*.yaml")))
 
 
 def load(folder, text: str | bytes, **overrides) -> Config:
