@@ -114,6 +114,30 @@ def test_exact_sizes(name):
     assert total - idle == active
 
 
+# What no count can see: base of the rotation, numbers of a head that it turns, window, context, eps of the norms.
+UNCOUNTED = {
+    "phi-1-small": (1e4, 32, None, 2048, 1e-5), "phi-1": (1e4, 32, None, 2048, 1e-5),
+    "phi-1.5": (1e4, 32, None, 2048, 1e-5), "phi-2": (1e4, 32, None, 2048, 1e-5),
+    "phi-3-mini-4k": (1e4, 96, 2047, 4096, 1e-5), "phi-3-mini-128k": (1e4, 96, None, 131072, 1e-5),
+    "phi-3.5-mini": (1e4, 96, None, 131072, 1e-5), "phi-3-small-8k": (1e6, 128, None, 8192, 1e-5),
+    "phi-3-medium": (1e4, 128, 2047, 4096, 1e-5), "phi-3-medium-128k": (1e4, 128, None, 131072, 1e-5),
+    "phi-3.5-moe": (1e4, 128, None, 131072, 1e-5), "mistral-7b": (1e4, 128, 4096, 32768, 1e-5),
+    "mistral-nemo-12b": (1e6, 128, None, 131072, 1e-5), "mn-minitron-8b": (1e6, 128, None, 8192, 1e-5),
+    "llama-2-7b": (1e4, 128, None, 4096, 1e-5), "llama-2-13b": (1e4, 128, None, 4096, 1e-5),
+    "llama-2-70b": (1e4, 128, None, 4096, 1e-5), "orca-13b": (1e4, 128, None, 2048, 1e-6),
+    "llama-3-8b": (5e5, 128, None, 8192, 1e-5), "llama-3-70b": (5e5, 128, None, 8192, 1e-5),
+    "llama-3.1-405b": (5e5, 128, None, 131072, 1e-5), "mixtral-8x7b": (1e6, 128, None, 32768, 1e-5),
+    "deepseek-v3": (1e4, 64, None, 4096, 1e-6), "mai-1-dense": (5e5, 128, None, 8192, 1e-5),
+    "mai-1-moe": (5e5, 128, None, 8192, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_what_no_count_can_see(name):
+    m = config_of(name).model
+    assert (m.rope_theta, m.turned_dim, m.sliding_window, m.context_length, m.norm_eps) == UNCOUNTED[name]
+
+
 def test_nano_moe_is_as_large_as_nano_to_a_token():
     nano, moe = config_of("nano"), config_of("nano-moe")
     routers = moe.model.n_layers * moe.model.d_model * moe.model.moe.n_experts
@@ -153,6 +177,31 @@ def test_a_recipe_reads_its_tokens(name):
 def test_phi_3_mini_reads_its_tokens_in_two_phases():
     phases = catalogue.tokens(config_of("phi-3-mini-4k")) + catalogue.tokens(config_of("phi-3-mini-4k-phase-2"))
     assert phases == pytest.approx(3.3e12, rel=1e-3)
+
+
+# (tokens in the first batch, in the last, tokens read in between)
+RAMPS = {"gpt3-175b": (16 * 2048, 1600 * 2048, 12e9), "mt-nlg-530b": (32 * 2048, 1920 * 2048, 12e9),
+         "deepseek-v3": (3072 * 4096, 15360 * 4096, 469e9), "mai-1-moe": (12.6e6, 62.9e6, 469e9),
+         "gpt4-rumour": (12.6e6, 60e6, 0.03 * 13e12)}
+
+
+@pytest.mark.parametrize("name", RAMPS)
+def test_batches_grow_in_stairs_around_a_straight_line(name):
+    config, (first, last, over) = config_of(name), RAMPS[name]
+    steps, sizes = zip(*config.train.batch_tokens.items(), strict=True)
+    read = [catalogue.tokens(replace(config, **{"train.steps": step})) if step else 0 for step in steps]
+    assert read[-1] == pytest.approx(over, rel=1e-3) and sizes[-1] == pytest.approx(last, rel=0.03)
+    for start, end, size in zip(read, read[1:], sizes, strict=False):
+        assert size == pytest.approx(first + (start + end) / 2 / over * (last - first), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-405b-8k", "mai-1-dense"])
+def test_batches_grow_as_llama_3s_did(name):
+    config = config_of(name)
+    (_, small), (first, middle), (second, large) = config.train.batch_tokens.items()
+    assert (small, middle, large) == (2**22, 2**23, 2**24)
+    read = [catalogue.tokens(replace(config, **{"train.steps": step})) for step in (first, second)]
+    assert read == pytest.approx([252e6, 2.87e12], rel=2e-3)
 
 
 # (peak, last share, cosine from so many tokens, to so many)
