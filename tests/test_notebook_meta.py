@@ -165,6 +165,14 @@ BUGS = {
         Bug("chunks add up in bfloat16", "ops.py", "d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad",
             "d_weight = torch.zeros_like(weight) if needs_grad", soak=True),
     ],
+    "22_long_context": [
+        Bug("NTK: theta times the factor", "rope.py", "scaling.factor ** (dim / (dim - 2))", "scaling.factor",
+            soak=True),
+        Bug("LongRoPE: long factors one token too early", "rope.py", "length > config.rope_scaling.original_context",
+            "length >= config.rope_scaling.original_context", soak=True),
+        Bug("LongRoPE: a cache of short keys is taken", "model.py", "if new < length and rope.beyond(config, length)",
+            "if False and rope.beyond(config, length)", soak=True),
+    ],
 }
 ALL = [(lesson, bug) for lesson, bugs in BUGS.items() for bug in bugs]
 QUICKEST = "03_attention"  # to run whole: it stands for the others in `make test`
