@@ -1,9 +1,12 @@
 """Products of groups of rows, each group with a weight of its own: what a layer of experts computes.
 
-Rows are sorted by group; `ends` (E,) int32 says where each group ends. A group may be empty.
+Rows are sorted by group; `ends` (E,) int32 says where each group ends. A group may be empty. Letters: T tokens, each in
+k groups, N = T k pairs of a token and a group, E groups.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,67 @@ from torch import Tensor
 
 from nanomai import ops
 from nanomai.kernels import uses_triton
+
+
+class Pairs(NamedTuple):
+    """Where the pairs of a token and its group stand once they are sorted by group."""
+
+    order: Tensor  # (N,) the pair at each place; pair i is the token i // k
+    places: Tensor  # (N,) the place of each pair: the inverse
+    ends: Tensor  # (E,) int32: where each group ends
+    k: int
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N,) the token at each place."""
+        return self.order // self.k
+
+
+def sort_pairs(groups: Tensor, n_groups: int) -> Pairs:
+    """The pairs of `groups` (T, k), which holds each token's groups. Nothing here waits for the device."""
+    flat = groups.flatten()
+    order = flat.argsort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    counts = torch.zeros(n_groups, dtype=torch.int32, device=order.device).scatter_add_(
+        0, flat, torch.ones_like(flat, dtype=torch.int32))
+    return Pairs(order, places, counts.cumsum(0, dtype=torch.int32), groups.shape[1])
+
+
+class _ToExperts(torch.autograd.Function):
+    """Indexing by itself has a backward pass that adds rows one by one, because it cannot know who else comes."""
+
+    @staticmethod
+    def forward(ctx, x, order, places, k):
+        ctx.save_for_backward(places)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx, d_rows):
+        return d_rows[ctx.saved_tensors[0]].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """A permutation, whose backward pass is the inverse one."""
+
+    @staticmethod
+    def forward(ctx, rows, order, places):
+        ctx.save_for_backward(order)
+        return rows[places]
+
+    @staticmethod
+    def backward(ctx, d_pairs):
+        return d_pairs[ctx.saved_tensors[0]], None, None
+
+
+def to_experts(x: Tensor, pairs: Pairs) -> Tensor:
+    """Each pair's row of x, sorted by group: (T, D) -> (N, D)"""
+    return _ToExperts.apply(x, pairs.order, pairs.places, pairs.k)
+
+
+def to_tokens(rows: Tensor, pairs: Pairs) -> Tensor:
+    """The sorted rows, back at their tokens: (N, D) -> (T, k, D)"""
+    return _ToTokens.apply(rows, pairs.order, pairs.places).unflatten(0, (-1, pairs.k))
 
 
 def _groups(ends: Tensor) -> list[slice]:
@@ -68,10 +132,17 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, impl: str = "auto") 
     return grouped_products(x, weight, ends)
 
 
-def grouped_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor, index: Tensor, impl: str = "auto") -> Tensor:
-    """swiglu(x w_gate_e^T, x w_up_e^T) of the rows x[index]: (T, D), two of (E, F, D), (E,), (N,) -> (N, F)"""
+def grouped_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, pairs: Pairs, impl: str = "auto") -> Tensor:
+    """swiglu(x w_gate_e^T, x w_up_e^T) of each pair's row of x: (T, D), two of (E, F, D) -> (N, F)"""
     if uses_triton("grouped_gemm", x.is_cuda, impl):
         from triton_kernels.grouped_gemm import grouped_swiglu as kernel
-        return kernel(x, w_gate, w_up, ends, index)
-    rows = x[index]
-    return ops.swiglu(grouped_linear(rows, w_gate, ends, "torch"), grouped_linear(rows, w_up, ends, "torch"))
+        return kernel(x, w_gate, w_up, pairs.ends, pairs.tokens)
+    return ops.swiglu(*grouped_gate_up(to_experts(x, pairs), w_gate, w_up, pairs.ends), impl="torch")
+
+
+def grouped_gate_up(rows: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of a gated MLP's first products as one: (N, D), two of (E, F, D) -> two of (N, F)
+
+    The weights are copied side by side, which their cast from float32 does on its way.
+    """
+    return grouped_products(rows, torch.cat((w_gate, w_up), dim=1), ends).chunk(2, dim=-1)

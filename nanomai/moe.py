@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nanomai import ops
 from nanomai.architecture import ModelConfig, MoEConfig
-from nanomai.grouped import grouped_linear, grouped_swiglu
+from nanomai.grouped import grouped_linear, grouped_swiglu, sort_pairs, to_experts, to_tokens
 from nanomai.layers import MLP, Part
 
 
@@ -128,19 +128,15 @@ class Experts(Part):
 def dispatch(x: Tensor, weights: Tensor, experts: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor,
              activation: str, impl: str = "auto") -> Tensor:
     """The weighted sum over each token's experts, by sorting: (N, D), two of (N, k), (E, F, D), ... -> (N, D)"""
-    k = experts.shape[1]
-    order = experts.flatten().argsort(stable=True)  # (N k,): pairs, expert after expert
-    ends = torch.zeros(len(w_up), dtype=torch.int32, device=x.device).scatter_add_(
-        0, experts.flatten(), torch.ones_like(order, dtype=torch.int32)).cumsum(0, dtype=torch.int32)  # (E,)
+    pairs = sort_pairs(experts, len(w_up))
     if activation == "swiglu":
-        h = grouped_swiglu(x, w_gate, w_up, ends, order // k, impl)  # (N k, F)
+        h = grouped_swiglu(x, w_gate, w_up, pairs, impl)  # (N k, F)
     else:
-        rows = x[order // k]
-        gate = None if w_gate is None else grouped_linear(rows, w_gate, ends, impl)
-        h = ops.activate(activation, grouped_linear(rows, w_up, ends, impl), gate)
-    y = grouped_linear(h, w_down, ends, impl)  # (N k, D)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # where each pair went
-    return (y[back].unflatten(0, (-1, k)) * weights[..., None].to(x.dtype)).sum(1)
+        rows = to_experts(x, pairs)
+        gate = None if w_gate is None else grouped_linear(rows, w_gate, pairs.ends, impl)
+        h = ops.activate(activation, grouped_linear(rows, w_up, pairs.ends, impl), gate)
+    y = to_tokens(grouped_linear(h, w_down, pairs.ends, impl), pairs)  # (N, k, D)
+    return (y * weights[..., None].to(x.dtype)).sum(1)
 
 
 def dispatch_plain(x: Tensor, weights: Tensor, experts: Tensor, w_gate: Tensor | None, w_up: Tensor, w_down: Tensor,
