@@ -41,7 +41,7 @@ def sort_pairs(groups: Tensor, n_groups: int) -> Pairs:
 
 
 class _ToExperts(torch.autograd.Function):
-    """Indexing by itself has a backward pass that adds rows one by one, because it cannot know who else comes."""
+    """Indexing alone would add up gradients row by row, in an order that threads decide; these k rows are known."""
 
     @staticmethod
     def forward(ctx, x, order, places, k):
@@ -137,12 +137,6 @@ def grouped_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, pairs: Pairs, impl: 
     if uses_triton("grouped_gemm", x.is_cuda, impl):
         from triton_kernels.grouped_gemm import grouped_swiglu as kernel
         return kernel(x, w_gate, w_up, pairs.ends, pairs.tokens)
-    return ops.swiglu(*grouped_gate_up(to_experts(x, pairs), w_gate, w_up, pairs.ends), impl="torch")
-
-
-def grouped_gate_up(rows: Tensor, w_gate: Tensor, w_up: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of a gated MLP's first products as one: (N, D), two of (E, F, D) -> two of (N, F)
-
-    The weights are copied side by side, which their cast from float32 does on its way.
-    """
-    return grouped_products(rows, torch.cat((w_gate, w_up), dim=1), ends).chunk(2, dim=-1)
+    rows = to_experts(x, pairs)
+    return ops.swiglu(grouped_linear(rows, w_gate, pairs.ends, "torch"),
+                      grouped_linear(rows, w_up, pairs.ends, "torch"), "torch")

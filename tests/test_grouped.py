@@ -3,15 +3,7 @@
 import pytest
 import torch
 
-from nanomai.grouped import (
-    grouped_gate_up,
-    grouped_linear,
-    grouped_outer_products,
-    grouped_products,
-    sort_pairs,
-    to_experts,
-    to_tokens,
-)
+from nanomai.grouped import grouped_linear, grouped_outer_products, grouped_products, sort_pairs, to_experts, to_tokens
 
 COUNTS = {"odd sizes": (5, 1, 7), "one group": (13,), "empty at the edges": (0, 4, 0, 0, 9, 0), "all in one": (0, 13, 0),
           "no rows": (0, 0)}
@@ -57,16 +49,6 @@ def test_a_gradient_that_is_not_contiguous():
     x, weight, ends = inputs(COUNTS["odd sizes"])
     got = torch.autograd.grad(grouped_products(x, weight, ends).sum(), (x, weight))
     torch.testing.assert_close(got, torch.autograd.grad(definition(x, weight, ends).sum(), (x, weight)))
-
-
-def test_gate_and_up_are_two_products_at_once():
-    x, gate, ends = inputs(COUNTS["empty at the edges"])
-    up = randn(*gate.shape, seed=4).requires_grad_()
-    got, wanted = grouped_gate_up(x, gate, up, ends), [definition(x, w, ends) for w in (gate, up)]
-    torch.testing.assert_close(got, tuple(wanted))
-    dy = [randn(*y.shape, seed=5 + i) for i, y in enumerate(wanted)]
-    torch.testing.assert_close(torch.autograd.grad(got, (x, gate, up), dy),
-                               torch.autograd.grad(wanted, (x, gate, up), dy))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

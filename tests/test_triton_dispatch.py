@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from nanomai import generate, ops, train
-from nanomai.config import ModelConfig
+from nanomai.architecture import ModelConfig, MoEConfig
 from nanomai.kernels import KERNELS
 from nanomai.model import build_model
 from nanomai.parallel.apply import parallelize
@@ -24,11 +24,15 @@ from triton_kernels.engine import Kernel
 MODEL = ModelConfig(n_layers=2, d_model=48, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=80, vocab_size=101,
                     context_length=32)
 GPT2 = dataclasses.replace(MODEL, norm="layernorm", activation="gelu", position="learned", biases=("qkv", "out", "mlp"))
+EXPERTS = dataclasses.replace(MODEL, moe=MoEConfig(n_experts=5, experts_per_token=2, d_expert=24, n_shared_experts=1,
+                                                   balance_loss=0.1))
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 14, [3] * 18 + [4]])
 KERNELS_OF = {"rms_norm": {"rms_norm_forward", "rms_norm_backward"}, "rotary": {"qk_forward", "qk_backward"},
               "swiglu": {"swiglu_forward", "swiglu_backward"}, "attention": {"flash_forward", "flash_dq", "flash_dkdv"},
               "masked_attention": {"flash_forward", "flash_dq", "flash_dkdv"},
-              "linear_cross_entropy": {"cross_entropy_forward"}}
+              "linear_cross_entropy": {"cross_entropy_forward"},
+              "grouped_gemm": {"grouped_swiglu_forward", "grouped_product", "swiglu_backward", "sum_of_pairs",
+                               "grouped_dw"}}
 
 
 def batch(seed=0, rows=2):
@@ -74,7 +78,8 @@ def launched(monkeypatch) -> set[str]:
 CASES = {"causal": (MODEL, None), "documents": (MODEL, DOCUMENTS), "gpt2": (GPT2, None),
          "window": (dataclasses.replace(MODEL, sliding_window=7), None),
          "window, documents": (dataclasses.replace(MODEL, sliding_window=7), DOCUMENTS),
-         "untied, with a bias": (dataclasses.replace(MODEL, tied_embeddings=False, biases=("head",)), None)}
+         "untied, with a bias": (dataclasses.replace(MODEL, tied_embeddings=False, biases=("head",)), None),
+         "experts": (EXPERTS, None), "experts without a gate": (dataclasses.replace(EXPERTS, activation="gelu"), None)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,10 +91,10 @@ def test_values_and_every_gradient(case):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_name_switches_its_own_kernels(name, launched):
-    documents = DOCUMENTS if name == "masked_attention" else None
-    got = loss_and_gradients(shaken(MODEL, name), documents)
+    documents, config = DOCUMENTS if name == "masked_attention" else None, EXPERTS if name == "grouped_gemm" else MODEL
+    got = loss_and_gradients(shaken(config, name), documents)
     assert launched == KERNELS_OF[name]
-    assert distance(got, loss_and_gradients(shaken(MODEL, "torch"), documents)) < 1e-5
+    assert distance(got, loss_and_gradients(shaken(config, "torch"), documents)) < 1e-5
 
 
 def test_torch_and_auto_launch_nothing_on_a_cpu(launched):
@@ -106,18 +111,20 @@ def test_bfloat16_is_as_near_as_pytorch():
     assert errors[1] < 1.5 * errors[0] < 0.1
 
 
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
-def test_compiled_in_whole_graphs(documents):
-    model = shaken(MODEL, "triton")
+@pytest.mark.parametrize("config, documents", [(MODEL, None), (MODEL, DOCUMENTS), (EXPERTS, None)],
+                         ids=["causal", "documents", "experts"])
+def test_compiled_in_whole_graphs(config, documents):
+    model = shaken(config, "triton")
     parallelize(model, Mesh(), compile_blocks=True)  # fullgraph
-    assert distance(loss_and_gradients(model, documents), loss_and_gradients(shaken(MODEL, "torch"), documents)) < 1e-5
+    assert distance(loss_and_gradients(model, documents), loss_and_gradients(shaken(config, "torch"), documents)) < 1e-5
 
 
-def test_under_activation_checkpointing():
-    model = shaken(MODEL, "triton")
+@pytest.mark.parametrize("config", [MODEL, EXPERTS], ids=["dense", "experts"])
+def test_under_activation_checkpointing(config):
+    model = shaken(config, "triton")
     for block in model.blocks.values():
         block.forward = lambda *a, plain=block.forward: checkpoint(plain, *a, use_reentrant=False)
-    assert distance(loss_and_gradients(model, DOCUMENTS), loss_and_gradients(shaken(MODEL, "torch"), DOCUMENTS)) < 1e-5
+    assert distance(loss_and_gradients(model, DOCUMENTS), loss_and_gradients(shaken(config, "torch"), DOCUMENTS)) < 1e-5
 
 
 def on_two_ranks(rank, folder):

@@ -1,0 +1,179 @@
+"""Multi-head latent attention: against one query at a time, its cache, its counts, its gradients."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+
+from nanomai import ops
+from nanomai.architecture import ConfigError, MLAConfig, ModelConfig
+from nanomai.mla import LatentAttention
+from nanomai.model import Transformer, build_model
+from nanomai.sampling import KVCache, generate
+
+V, CONTEXT = 53, 24
+TINY = ModelConfig(n_layers=2, d_model=24, n_heads=4, n_kv_heads=4, head_dim=10, d_ff=40, vocab_size=V,
+                   context_length=CONTEXT, mla=MLAConfig(kv_rank=8, q_rank=12, rope_dim=4, v_dim=6))
+KINDS = {"latent queries": {}, "plain queries": {"q_rank": 0}, "wide values": {"v_dim": 14},
+         "all turned": {"rope_dim": 10}}
+
+
+def config(**mla) -> ModelConfig:
+    return dataclasses.replace(TINY, mla=dataclasses.replace(TINY.mla, **mla))
+
+
+def build(c: ModelConfig = TINY) -> Transformer:
+    model, draw = build_model(c).double(), torch.Generator().manual_seed(1)
+    model.compute_dtype = torch.float64
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=draw), alpha=0.3)
+    return model.eval()
+
+
+def ids(*shape, seed=0) -> torch.Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean() + 1e-5).sqrt() * weight
+
+
+def turn(x: torch.Tensor, position: int) -> torch.Tensor:
+    half = len(x) // 2
+    angles = position * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half, dtype=torch.float64), angles)
+    return torch.cat((z.real, z.imag))
+
+
+def definition(a: LatentAttention, x: torch.Tensor) -> torch.Tensor:
+    """One sequence x (T, D), one query and one head at a time."""
+    m, heads, out = a.mla, a.n_heads, []
+    down = [a.wkv_down.weight @ row for row in x]
+    latents = [rms(row[: m.kv_rank], a.kv_norm.weight) for row in down]
+    shared = [turn(row[m.kv_rank :], j) for j, row in enumerate(down)]
+    for i, row in enumerate(x):
+        source = rms(a.wq_down.weight @ row, a.q_norm.weight) if m.q_rank else row
+        values = []
+        for w_q, w_kv in zip(a.wq.weight.chunk(heads), a.wkv.weight.chunk(heads), strict=True):
+            q = w_q @ source
+            q_plain, q_turned = q[: a.plain_dim], turn(q[a.plain_dim :], i)
+            kv = [w_kv @ latent for latent in latents[: i + 1]]
+            scores = [(q_plain @ pair[: a.plain_dim] + q_turned @ shared[j]) / math.sqrt(len(q))
+                      for j, pair in enumerate(kv)]
+            p = torch.stack(scores).softmax(0)
+            values.append(sum(w * pair[a.plain_dim :] for w, pair in zip(p, kv, strict=True)))
+        out.append(a.wo.weight @ torch.cat(values))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [0, 2**25], ids=["library", "explicit"])
+def test_the_definition(kind, limit, monkeypatch):
+    monkeypatch.setattr(ops, "EXPLICIT_SCORES_LIMIT", limit)
+    c = config(**KINDS[kind])
+    attention = build(c).blocks["0"].attention
+    x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = attention(x, ops.rotary_table(torch.arange(9), c.mla.rope_dim, 10_000.0, torch.float64), None)
+    z = torch.stack([definition(attention, row) for row in x])
+    torch.testing.assert_close(y, z)
+    wanting = [x, *attention.parameters()]
+    got, wanted = (torch.autograd.grad((out * torch.linspace(-1, 1, 24)).sum(), wanting) for out in (y, z))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_gradients_against_differences(kind):
+    """Of the whole model, every parameter, along one random direction."""
+    model, x = build(config(**KINDS[kind])), ids(1, 5)
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(model(x, x), [*named.values()])
+    for i, ((name, p), gradient) in enumerate(zip(named.items(), gradients, strict=True)):
+        direction = torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        with torch.no_grad():
+            high, low = (torch.func.functional_call(model, {name: p + e * direction}, (x, x)) for e in (1e-5, -1e-5))
+        assert ((high - low) / 2e-5).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 5], [12]], ids=str)
+@torch.no_grad()
+def test_cached_is_uncached(kind, chunks):
+    model, x = build(config(**KINDS[kind])), ids(3, 12)
+    cache = KVCache(model, 3, CONTEXT)
+    cached = torch.cat([model(part, cache=cache) for part in x.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(cached, model(x))
+
+
+@torch.no_grad()
+def test_generation_is_that_without_a_cache():
+    model, prompts, expected = build(), [ids(n, seed=n).tolist() for n in (2, 9, 5)], []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(10):
+            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
+        expected.append(text[len(prompt) :])
+    assert generate(model, prompts, 10) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_holds_one_latent_and_one_key_a_token(kind):
+    c = config(**KINDS[kind])
+    cache = KVCache(build_model(c), 2, 7)
+    layer = cache.layers[0]
+    assert layer.keys.shape == (2, 1, 7, 8) and layer.values.shape == (2, 1, 7, c.mla.rope_dim)
+    held = sum(t.numel() * t.element_size() for x in cache.layers for t in (x.keys, x.values))
+    assert held == 2 * 7 * c.kv_cache_bytes_per_token(bytes_per_value=4)
+
+
+def test_deepseek_v3s_cache():
+    """(512 + 64) numbers in each of 61 layers; keys and values of 128 heads would be 71 times as many."""
+    c = ModelConfig(n_layers=61, n_heads=128, n_kv_heads=128, head_dim=192, mla=MLAConfig(512, 1536, 64, 128))
+    assert c.kv_cache_bytes_per_token() == 61 * 576 * 2
+    assert 128 * (192 + 128) / 576 == pytest.approx(71.1, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts(kind):
+    c = config(**KINDS[kind])
+    model = build_model(c)
+    assert c.n_parameters == sum(p.numel() for p in model.parameters())
+    assert c.attention_parameters == sum(p.numel() for p in model.blocks["0"].attention.parameters())
+
+
+def test_documents_are_alone():
+    model, x, documents = build(), ids(1, 11), torch.tensor([[0] * 5 + [1] * 6])
+    changed = x.clone()
+    changed[:, :5] = (changed[:, :5] + 1) % V
+    before, after = (model(i, document_ids=documents) for i in (x, changed))
+    assert torch.equal(before[:, 5:], after[:, 5:]) and not torch.isclose(before[:, :5], after[:, :5]).all()
+    torch.testing.assert_close(before[:, 5:], model(x[:, 5:]))
+
+
+def test_a_compiled_block_is_the_eager_one():
+    model = build()
+    block, rotary = model.blocks["0"], model._enter(ids(2, 8), None, None)[1]
+    x = torch.randn(2, 8, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    wanting = [x, *block.parameters()]
+    eager = block(x, rotary, None)
+    expected = torch.autograd.grad(eager.square().sum(), wanting)
+    block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = block(x, rotary, None)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), wanting), expected)
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"sliding_window": 4}, {"biases": ("qkv",)},
+                                     {"qk_norm": True}], ids=str)
+def test_what_it_cannot_be_put_together_with(changes):
+    message = "latent attention has no groups (n_kv_heads = n_heads), window, biases or qk_norm here"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") as caught:
+        dataclasses.replace(TINY, **changes)
+    assert caught.value.field == "model.mla.kv_rank"
+
+
+def test_no_more_can_be_turned_than_a_head_has():
+    with pytest.raises(ConfigError, match=r"^12 numbers of a head are to be turned and it has 10$"):
+        config(rope_dim=12)

@@ -1,0 +1,231 @@
+"""Rotary positions for long contexts: each stretching against its definition, and what LongRoPE's switch does."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+
+from nanomai import ops, rope
+from nanomai.architecture import ConfigError, ModelConfig, RopeScaling
+from nanomai.model import Transformer, build_model
+from nanomai.sampling import KVCache, generate
+
+V, CONTEXT, ORIGINAL = 53, 24, 8
+TINY = ModelConfig(n_layers=2, d_model=24, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=40, vocab_size=V,
+                   context_length=CONTEXT, rope_theta=100.0)
+LONGROPE = RopeScaling("longrope", original_context=ORIGINAL, short_factors=(1.0, 1.1, 1.3),
+                       long_factors=(1.2, 2.5, 4.0))
+
+
+def scaled(kind="none", head_dim=64, context=8192, **changes) -> ModelConfig:
+    """A configuration like Llama's."""
+    pairs = {"short_factors": (1.0,) * (head_dim // 2), "long_factors": (2.0,) * (head_dim // 2)}
+    scaling = RopeScaling(kind, **({"original_context": 1024} if kind != "none" else {}) | (
+        pairs if kind == "longrope" else {}) | changes)
+    return ModelConfig(head_dim=head_dim, context_length=context, rope_theta=5e5, rope_scaling=scaling)
+
+
+def frequencies(config: ModelConfig, length: int = 1) -> list[float]:
+    return rope.frequencies(config, length, dtype=torch.float64).tolist()
+
+
+def build(**changes) -> Transformer:
+    """A model of random weights, in float64."""
+    model, draw = build_model(dataclasses.replace(TINY, **changes)).double(), torch.Generator().manual_seed(1)
+    model.compute_dtype = torch.float64
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=draw), alpha=0.3)
+    return model.eval()
+
+
+def ids(*shape, seed=0) -> torch.Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- each method against its definition
+
+PLAIN = [5e5 ** (-2 * i / 64) for i in range(32)]
+
+
+def test_unscaled():
+    assert frequencies(scaled()) == pytest.approx(PLAIN)
+    partial = dataclasses.replace(scaled(), rotary_dim=16)
+    assert frequencies(partial) == pytest.approx([5e5 ** (-2 * i / 16) for i in range(8)])
+
+
+def test_linear_is_positions_closer_together():
+    config, positions = scaled("linear", factor=4.0), torch.arange(50, dtype=torch.float64)
+    turned = ops.cos_sin(positions, rope.frequencies(config, 50, dtype=torch.float64))
+    expected = ops.cos_sin(positions / 4, torch.tensor(PLAIN, dtype=torch.float64))
+    torch.testing.assert_close(turned, expected)
+
+
+def test_ntk_keeps_the_fastest_pair_and_stretches_the_slowest_by_the_factor():
+    got = frequencies(scaled("ntk", factor=4.0))
+    assert got[0] == 1.0 and got[-1] == pytest.approx(PLAIN[-1] / 4)
+    stretch = [p / g for p, g in zip(PLAIN, got, strict=True)]
+    assert stretch == pytest.approx([4 ** (i / 31) for i in range(32)]), "between them, evenly in the exponent"
+
+
+@pytest.mark.parametrize("low, high", [(1.0, 4.0), (0.5, 9.0)])
+def test_llama_3_stretches_by_wavelength(low, high):
+    got = frequencies(scaled("llama3", factor=8.0, low_frequency=low, high_frequency=high))
+    kinds = set()
+    for f, g in zip(PLAIN, got, strict=True):
+        wavelength = 2 * math.pi / f
+        if wavelength < 1024 / high:
+            expected, kind = f, "kept"
+        elif wavelength > 1024 / low:
+            expected, kind = f / 8, "stretched"
+        else:
+            smooth = (1024 / wavelength - low) / (high - low)
+            expected, kind = (1 - smooth) * f / 8 + smooth * f, "between"
+        assert g == pytest.approx(expected)
+        kinds.add(kind)
+    assert kinds == {"kept", "stretched", "between"}
+
+
+def test_longrope_takes_short_factors_up_to_the_original_context_and_long_ones_beyond():
+    short, long = [1 + i / 10 for i in range(32)], [2.0 + i for i in range(32)]
+    config = scaled("longrope", short_factors=tuple(short), long_factors=tuple(long))
+    for length, factors in ((1, short), (1024, short), (1025, long), (8192, long)):
+        expected = [f / s for f, s in zip(PLAIN, factors, strict=True)]
+        assert frequencies(config, length) == pytest.approx(expected, rel=1e-6)
+        assert rope.beyond(config, length) == (length > 1024)
+    assert not rope.beyond(scaled("linear"), 8192)
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3", "longrope"])
+def test_frequencies_have_the_dtype_and_length_asked_for(kind):
+    for dtype in (torch.float32, torch.float64):
+        f = rope.frequencies(scaled(kind), 1, "cpu", dtype)
+        assert f.dtype == dtype and f.shape == (32,) and f.isfinite().all()
+
+
+def test_attention_factor():
+    phi3 = scaled("longrope", 96, 131072, original_context=4096)
+    assert rope.attention_factor(phi3) == pytest.approx(1.19024, abs=5e-6), "what Phi-3-mini-128k's file says"
+    assert rope.attention_factor(phi3) == math.sqrt(1 + math.log(32) / math.log(4096))
+    assert rope.attention_factor(scaled("longrope", attention_factor=1.243163)) == 1.243163
+    assert rope.attention_factor(scaled("longrope", context=1024)) == 1.0, "no longer than before"
+    for kind in ("none", "linear", "ntk", "llama3"):
+        assert rope.attention_factor(scaled(kind)) == 1.0
+
+
+# --- inside the model
+
+
+def test_the_attention_factor_multiplies_every_score():
+    """By its square, since cosine and sine of both queries and keys have it: the same as larger queries."""
+    x, long = ids(2, 7), dataclasses.replace(LONGROPE, attention_factor=1.5)
+    plain = dataclasses.replace(LONGROPE, attention_factor=1.0)
+    torch.testing.assert_close(build(rope_scaling=long)(x),
+                               build(rope_scaling=plain, attention_scale=1.5**2 / math.sqrt(6))(x))
+
+
+def test_which_factors_a_text_meets():
+    """Short ones of 1 are no scaling; long ones of s are linear scaling by s; one token more, and all keys turn."""
+    scaling = dataclasses.replace(LONGROPE, short_factors=(1.0,) * 3, long_factors=(3.0,) * 3, attention_factor=1.0)
+    model, x = build(rope_scaling=scaling), ids(2, ORIGINAL + 1)
+    linear = build(rope_scaling=RopeScaling("linear", original_context=ORIGINAL, factor=3.0))
+    torch.testing.assert_close(model(x[:, :-1]), build()(x[:, :-1]))
+    torch.testing.assert_close(model(x), linear(x))
+    assert not torch.allclose(model(x)[:, :-1], model(x[:, :-1]))
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3"])
+def test_scores_stay_relative(kind):
+    """One layer alone sees distances: a text at other positions gives the same."""
+    config = dataclasses.replace(TINY, n_layers=1) if kind == "none" else dataclasses.replace(
+        TINY, n_layers=1, rope_scaling=RopeScaling(kind, original_context=ORIGINAL, factor=3.0))
+    f = rope.frequencies(config, CONTEXT, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def score(at_q, at_k):
+        turned = [ops.rotary(x, *ops.cos_sin(torch.tensor([at]), f)) for x, at in ((q, at_q), (k, at_k))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(5, 2), score(20, 17))
+    assert not torch.isclose(score(5, 2), score(5, 3))
+
+
+def test_partial_rotation_leaves_the_rest_of_a_head_where_it_is():
+    x = torch.randn(2, 3, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    cos, sin = ops.rotary_table(torch.arange(5), 4, 100.0, torch.float64)
+    y, z = ops.rotary(x, cos, sin), ops.rotary_plain(x, cos, sin)
+    assert torch.equal(y[..., 4:], x[..., 4:]) and not torch.isclose(y[:, :, 1:, :4], x[:, :, 1:, :4]).all()
+    torch.testing.assert_close(y[..., :4], ops.rotary(x[..., :4], cos, sin))
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum() + out[..., 1].sum(), x) for out in (y, z)))
+
+
+# --- the cache
+
+SCALINGS = {"linear": RopeScaling("linear", original_context=ORIGINAL, factor=3.0),
+            "ntk": RopeScaling("ntk", original_context=ORIGINAL, factor=3.0),
+            "llama3": RopeScaling("llama3", original_context=ORIGINAL, factor=3.0), "longrope": LONGROPE}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@torch.no_grad()
+def test_generation_across_the_original_context_is_that_without_a_cache(kind):
+    model = build(rope_scaling=SCALINGS[kind])
+    for n in (3, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1):
+        prompt = ids(n, seed=n).tolist()
+        text = list(prompt)
+        while len(text) < CONTEXT:
+            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
+        assert generate(model, prompt, CONTEXT - n) == text[n:], n
+
+
+@torch.no_grad()
+def test_keeping_the_short_keys_would_write_something_else(monkeypatch):
+    """The negative control of the test above."""
+    model, prompt = build(rope_scaling=LONGROPE), ids(3, seed=3).tolist()
+    right = generate(model, prompt, CONTEXT - 3)
+    monkeypatch.setattr("nanomai.sampling._outgrows", lambda *_: False)
+    monkeypatch.setattr(model, "_rotary", lambda positions, length, new, dtype: Transformer._rotary(
+        model, positions, length, length, dtype))
+    assert generate(model, prompt, CONTEXT - 3) != right
+
+
+@torch.no_grad()
+def test_a_cache_of_short_keys_is_refused_beyond():
+    model, x = build(rope_scaling=LONGROPE), ids(1, CONTEXT)
+    cache = KVCache(model, 1, CONTEXT)
+    model(x[:, :ORIGINAL], cache=cache)
+    message = ("the text outgrows rope_scaling.original_context 8, and what is cached was turned by the short factors: "
+               "read the whole text again")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model(x[:, ORIGINAL : ORIGINAL + 1], cache=cache)
+    cache = KVCache(model, 1, CONTEXT)  # beyond from the beginning: it goes on
+    chunks = [model(part, cache=cache) for part in x.split([ORIGINAL + 1, 1, CONTEXT - ORIGINAL - 2], dim=1)]
+    torch.testing.assert_close(chunks[-1], model(x)[:, ORIGINAL + 2 :])
+
+
+# --- settings that cannot work
+
+ERRORS = [
+    ({"rope_scaling": RopeScaling("linear")},
+     "original_context 0 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
+    ({"rope_scaling": RopeScaling("llama3", original_context=25)},
+     "original_context 25 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
+    ({"rope_scaling": dataclasses.replace(LONGROPE, long_factors=(1.0, 2.0))},
+     "longrope has 3 short and 2 long factors; a head has 3 pairs", "rope_scaling.long_factors"),
+    ({"rope_scaling": LONGROPE, "rotary_dim": 4},
+     "longrope has 3 short and 3 long factors; a head has 2 pairs", "rope_scaling.long_factors"),
+    ({"rotary_dim": 5}, "rotary_dim 5 is odd; rotary positions turn pairs of numbers", "rotary_dim"),
+    ({"rotary_dim": 8}, "8 numbers of a head are to be turned and it has 6", "rotary_dim"),
+    ({"rotary_dim": -2}, "-2 numbers of a head are to be turned and it has 6", "rotary_dim"),
+    ({"rope_theta": 0.0}, "rope_theta 0.0 must be above 0 and finite", "rope_theta"),
+]
+
+
+@pytest.mark.parametrize("changes, message, field", ERRORS)
+def test_impossible_settings(changes, message, field):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") as caught:
+        dataclasses.replace(TINY, **changes)
+    assert caught.value.field == f"model.{field}"
