@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--json", help="also write the rows here")
-    parser.add_argument("--profile", action="store_true", help="print where the mixture's time goes, and measure nothing")
+    parser.add_argument("--profile", action="store_true", help="print where the mixture's time goes instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -5,8 +5,8 @@ import torch
 
 from nanomai.grouped import grouped_linear, grouped_outer_products, grouped_products, sort_pairs, to_experts, to_tokens
 
-COUNTS = {"odd sizes": (5, 1, 7), "one group": (13,), "empty at the edges": (0, 4, 0, 0, 9, 0), "all in one": (0, 13, 0),
-          "no rows": (0, 0)}
+COUNTS = {"odd sizes": (5, 1, 7), "one group": (13,), "empty at the edges": (0, 4, 0, 0, 9, 0),
+          "all in one": (0, 13, 0), "no rows": (0, 0)}
 
 
 def randn(*shape, seed=0, dtype=torch.float64) -> torch.Tensor:

@@ -129,10 +129,9 @@ def test_the_cache_holds_one_latent_and_one_key_a_token(kind):
 
 
 def test_deepseek_v3s_cache():
-    """(512 + 64) numbers in each of 61 layers; keys and values of 128 heads would be 71 times as many."""
+    """(512 + 64) numbers in each of 61 layers."""
     c = ModelConfig(n_layers=61, n_heads=128, n_kv_heads=128, head_dim=192, mla=MLAConfig(512, 1536, 64, 128))
     assert c.kv_cache_bytes_per_token() == 61 * 576 * 2
-    assert 128 * (192 + 128) / 576 == pytest.approx(71.1, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)

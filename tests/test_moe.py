@@ -657,7 +657,7 @@ def test_two_ranks_agree_on_the_bias(tmp_path, monkeypatch):
     alone, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     for a, b, c in zip(alone, first, second, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
-        assert len(a.unique()) > 2, "steps that differ"
+        assert len(a.unique()) > 1, "some were chosen more, some less"
 
 
 ROUTED = {"model__moe__n_experts": 5, "model__moe__d_expert": 16, "model__moe__z_loss": 1e-3}

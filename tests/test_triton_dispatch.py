@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from nanomai import generate, ops, train
+from nanomai import generate, masks, ops, train
 from nanomai.architecture import ModelConfig, MoEConfig
 from nanomai.kernels import KERNELS
 from nanomai.model import build_model
@@ -188,7 +188,7 @@ def test_a_flash_mask_is_the_mask():
 
 
 def test_heads_too_wide_for_the_kernel_keep_the_matrix(monkeypatch):
-    monkeypatch.setattr(ops, "uses_triton", lambda name, on_gpu, impl: impl != "torch")
+    monkeypatch.setattr(masks, "uses_triton", lambda name, on_gpu, impl: impl != "torch")
     assert isinstance(ops.training_mask(torch.arange(5), 2, None, 128), ops.FlashMask)
     assert isinstance(ops.training_mask(torch.arange(5), 2, None, 129), torch.Tensor)
 
