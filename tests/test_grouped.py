@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanomai.grouped import grouped_linear, grouped_outer_products, grouped_products, sort_pairs, to_experts, to_tokens
 
@@ -102,6 +103,19 @@ def test_sorted_pairs(tokens, k):
 def test_a_group_keeps_the_order_of_its_tokens():
     pairs = sort_pairs(torch.tensor([[1], [0], [1], [0], [1]]), 2)
     assert pairs.order.tolist() == [1, 3, 0, 2, 4]
+
+
+def test_the_librarys_product_needs_no_number_from_the_gpu():
+    """Tensors of a GPU that have no numbers: whoever asks for one fails, as the loop does."""
+    with FakeTensorMode():
+        x, weight, ends = (torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in (
+            ((64, 32), torch.bfloat16), ((4, 48, 32), torch.bfloat16), (4, torch.int32)))
+        y = grouped_products._init_fn(x, weight, ends)
+        assert y.shape == (64, 48) and y.is_cuda
+        assert grouped_products._init_fn(y, weight.mT, ends).shape == x.shape
+        assert grouped_outer_products._init_fn(y, x, ends).shape == weight.shape
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            grouped_products._init_fn(x.float(), weight.float(), ends)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

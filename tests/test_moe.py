@@ -393,6 +393,17 @@ def test_a_compiled_block_is_the_eager_one(name, training):
     assert outcomes[0][2].sum() == (66 if training else 0)
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_host_never_waits_for_a_router(name):
+    """On the meta device nothing has a value: forward, losses and backward ask for none."""
+    config = tiny(router=name, balance_loss=0.1, z_loss=0.1, n_shared_experts=1, **(
+        {"n_experts": 6, "n_groups": 3, "groups_per_token": 2} if name == "sigmoid" else {}))
+    with torch.device("meta"):
+        moe, x = MoE(config), torch.empty(2, 8, 24, dtype=torch.bfloat16, requires_grad=True)
+        moe(x, torch.ones(())).sum().backward()
+    assert x.grad.is_meta and moe.experts.w_up.grad.is_meta and moe.router.weight.grad.is_meta
+
+
 # --- losses of the router
 
 
