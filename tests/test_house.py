@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "runs": "config config_file files model checkpoint tokenizer",
     "sampling": "layers ops model rope tokenizer",  # the cache makes the masks of its rows
     "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks
-    "hub": "config model tokenizer",
+    "hub": "architecture checkpoint config config_file files model rope runs tokenizer",
     "simulator": "config model parallel optim",
     "trainer": BELOW_TRAINER + " show",  # the loss curve of every run folder
     "post": BELOW_TRAINER + " trainer",
