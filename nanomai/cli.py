@@ -1,7 +1,7 @@
 """The command line: a thin skin over the calls that notebooks and tests use.
 
 Settings of a configuration are flags of `train` and `prepare`, under their dotted names; the other commands list their
-few options in the signatures below. torch is imported by the command that needs it, so help is instant.
+few options in options.py. torch is imported by the command that needs it, so help is instant.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from nanomai.config import Config, ConfigError
+from nanomai.options import Eval, Export, Import, Sample
 
 USAGE = """\
 usage: nanomai COMMAND ...
@@ -30,6 +30,8 @@ commands:
   sample RUN [--prompt TEXT ...]              let a trained model write
   eval RUN [--text FILE]                      loss and bits per byte, on the validation split or on a text of yours
   prepare CONFIG [--SECTION.FIELD VALUE ...]  only make the tokenizer and the token shards
+  import DIR OUT                              make a run of a Hugging Face folder
+  export RUN OUT                              make a Hugging Face folder of a run
 
 begin with:
   nanomai train nano                          a small model of Python code, in about three minutes on two CPU cores
@@ -37,55 +39,6 @@ begin with:
 
 under torchrun:  torchrun --nproc_per_node=2 -m nanomai train nano
 """
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Let a trained model write. Text goes to the terminal as it is chosen."""
-
-    run: str
-    """A run folder, or a name in runs/."""
-    prompt: str = ""
-    """What the text begins with; longer than the model's context, its end is used."""
-    max_tokens: int = 256
-    """Tokens to write at most; the model may end before."""
-    temperature: float = 0.8
-    """0 always takes the likeliest token; above 1 is wilder."""
-    top_k: int = 0
-    """Draw from the k likeliest tokens only; 0 for all."""
-    top_p: float = 0.95
-    """Draw from the fewest tokens whose probabilities reach this sum."""
-    min_p: float = 0.0
-    """Drop tokens with less than this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that stand in the text already become less likely."""
-    samples: int = 1
-    """How many texts to write."""
-    seed: int | None = None
-    """Fix it to get the same text again."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-
-    def __post_init__(self):
-        possible = {"max_tokens": self.max_tokens >= 0, "temperature": self.temperature >= 0, "top_k": self.top_k >= 0,
-                    "top_p": 0 < self.top_p <= 1, "min_p": 0 <= self.min_p <= 1, "samples": self.samples > 0,
-                    "repetition_penalty": self.repetition_penalty > 0}
-        for name in (name for name in possible if not possible[name]):
-            raise ConfigError(f"{name} {getattr(self, name)} is out of range; see `nanomai sample --help`")
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Measure a trained model: nats per token, and bits per byte beside what compressors reach on the same text."""
-
-    run: str
-    """A run folder, or a name in runs/."""
-    text: Path | None = None
-    """A UTF-8 text to measure on, in place of the run's validation split."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps."""
-    json: bool = False
-    """Print one JSON object in place of the table."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -256,6 +209,27 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
+def _import(arguments: list[str]) -> int:
+    options = _parse(Import, arguments, "import")
+    from nanomai.hub import import_run
+
+    print(f"{import_run(options.folder, options.out)}: a run, to sample from or to begin with (--train.init-from)")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    options = _parse(Export, arguments, "export")
+    import torch
+
+    from nanomai.hub import to_hf
+    from nanomai.runs import load_run
+
+    model, tokenizer, _ = load_run(options.run)
+    folder = to_hf(model, options.out, tokenizer, getattr(torch, options.dtype), options.architecture)
+    print(f"{folder}: {json.loads((folder / 'config.json').read_text())['architectures'][0]}")
+    return 0
+
+
 def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
@@ -267,14 +241,16 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(kind: type, arguments: list[str], command: str):
-    """`RUN --option value ...` as one of the dataclasses above."""
+    """`RUN --option value ...` as one of the dataclasses of options.py."""
     if not arguments:
-        raise ConfigError(f"which run? `nanomai {command} runs/nano`")
+        example = {"import": "DIR runs/new", "export": "runs/nano DIR"}.get(command, "runs/nano")
+        raise ConfigError(f"which {'folder' if command == 'import' else 'run'}? `nanomai {command} {example}`")
     return _read_flags(kind, arguments, f"nanomai {command}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "sample": _sample, "eval": _eval, "prepare": _prepare}
+    "train": _train, "sample": _sample, "eval": _eval, "prepare": _prepare, "import": _import,
+    "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main())

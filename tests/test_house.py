@@ -59,7 +59,8 @@ MAY_IMPORT = {
     "post": BELOW_TRAINER + " trainer",
     "exercises": BELOW_TRAINER + " show triton_kernels",  # the checks of the notebooks: answers against the package
     "__init__": PUBLIC,
-    "cli": PUBLIC + " __init__",
+    "options": "config",
+    "cli": PUBLIC + " __init__ options",
     "__main__": "cli",
 }
 
@@ -69,6 +70,7 @@ MAY_NEED = {
     "architecture": "",
     "config": "",
     "config_file": "yaml",
+    "options": "",
     "kernels": "",
     "triton_kernels": "torch triton",
     "triton_kernels.interpreter": "torch triton numpy",  # the interpreter computes in numpy

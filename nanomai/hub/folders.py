@@ -55,29 +55,28 @@ def read_model(folder: str | Path) -> Transformer:
 
 
 def import_run(folder: str | Path, out: str | Path) -> Path:
-    """Makes a run folder that `load_run` reads. The weights pass through a file, so memory holds one tensor of them."""
+    """Makes a run folder that `load_run` reads. The weights pass through files, so memory holds a tensor of them."""
     tokenizer, source = read_tokenizer(Path(folder)), _Source(Path(folder))
     config = Config(Path(out).name, source.config, DataConfig(tokenizer=str(Path(out) / "tokenizer.json")),
                     train=TrainConfig(batch_tokens=source.config.context_length))
     with _appearing(Path(out)) as new:
-        shapes = source.model.state_dict()
-        sizes = [shape.numel() for shape in shapes.values()]
-        numbers = torch.from_file(str(new / "weights"), shared=True, size=sum(sizes), dtype=torch.float32)
-        tensors = {name: piece.view(shapes[name].shape)
-                   for name, piece in zip(shapes, numbers.split(sizes), strict=True)}
+        (new / "weights").mkdir()
+        # a file for each: of a tensor that shares its storage the checkpoint's writer makes a copy, and keeps it
+        tensors = {name: torch.from_file(str(new / "weights" / name), shared=True, size=shape.numel()).view(shape.shape)
+                   for name, shape in source.model.state_dict().items()}
         source.copy_into(tensors)
         state = {"step": 0, "samples": 0, "data": None, "config": dataclasses.asdict(config)}
         checkpoint.save(new / "checkpoints", 0, {f"model/{name}": tensor for name, tensor in tensors.items()}, state)
-        (new / "weights").unlink()
+        shutil.rmtree(new / "weights")
         tokenizer.save(new / "tokenizer.json")
         write_config(new, config)
     return Path(out)
 
 
 def to_hf(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None,
-          dtype: torch.dtype = torch.float32) -> Path:
-    """Writes a new folder that `transformers` loads: as the first class that computes what this model computes."""
-    settings = settings_of(model.config)
+          dtype: torch.dtype = torch.float32, architecture: str | None = None) -> Path:
+    """Writes a new folder that `transformers` loads: as this class, or the first that computes what this model does."""
+    settings = settings_of(model.config, architecture)
     family, config = config_of(settings)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise HubError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; export the "
@@ -125,8 +124,11 @@ class _Source:
         if most > len(self.place):
             raise HubError(f"{folder}: config.json names {most} layers or experts, and there are {len(self.place)} "
                            "tensors")
-        with torch.device("meta"):
-            self.model = Transformer(self.config)
+        try:
+            with torch.device("meta"):
+                self.model = Transformer(self.config)
+        except RuntimeError:
+            raise HubError(f"{folder}: config.json means matrices that are too large for any machine") from None
         self._compare(links(self.family, self.config, self.model.state_dict()))
 
     def _names(self) -> list[str]:

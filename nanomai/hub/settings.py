@@ -110,16 +110,19 @@ def _attention_factor(given: dict[str, Any], original: Any, scaling: dict[str, A
         scaling["attention_factor"] = math.sqrt(1 + math.log(max(1, given["factor"])) / math.log(original))
 
 
-def settings_of(config: ModelConfig) -> dict[str, Any]:
-    """config.json of the first class that says all that `config` says."""
+def settings_of(config: ModelConfig, architecture: str | None = None) -> dict[str, Any]:
+    """config.json of this class, or of the first that says all that `config` says."""
+    if architecture is not None and architecture not in FAMILIES:
+        raise HubError(f"architecture {architecture!r} is not known; there are {', '.join(FAMILIES)}")
     lost = {}
-    for name, family in FAMILIES.items():
+    for name in [architecture] if architecture else FAMILIES:
+        family = FAMILIES[name]
         settings = {"architectures": [name], "model_type": family.model_type} | _settings(family, config)
-        if not (lost_here := _lost(config, settings)):
+        lost[name] = _lost(config, settings)
+        if not lost[name]:
             return settings
-        lost[name] = lost_here
     near = min(lost, key=lambda name: len(lost[name]))
-    raise HubError(f"no class of transformers that nanomai knows is this model; {near} comes closest, without its "
+    raise HubError(f"no class of transformers that nanomai knows is this model; {near} would be it without its "
                    + ", ".join(lost[near]))
 
 
@@ -131,6 +134,7 @@ def _settings(family: Family, config: ModelConfig) -> dict[str, Any]:
     settings |= {key: set(biases) <= set(config.biases) for key, biases in family.biases.items()}
     if family.paired:
         settings["qk_nope_head_dim"] = config.head_dim - config.mla.rope_dim
+        settings["q_lora_rank"] = config.mla.q_rank or None
     if family.ours.get("position") == "learned":
         return settings
     scaling = config.rope_scaling

@@ -1,0 +1,390 @@
+"""Folders of `transformers`, read and written; wrong and hostile ones each refused in one line, with nothing left."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from test_model_parity import CASES, reference
+from tiny_run import environment, tiny, write_tiny
+
+import nanomai
+from nanomai import cli
+from nanomai.config import ModelConfig
+from nanomai.config_file import load_config
+from nanomai.hub import HubError, folders, from_hf, import_run, read_model, to_hf
+from nanomai.hub.settings import config_of, settings_of
+from nanomai.hub.vocabulary import GPT2_PATTERN, merges_of, read_tokenizer, write_tokenizer
+from nanomai.model import build_model
+from nanomai.sampling import generate
+from nanomai.tokenizer import PATTERN, Tokenizer, get_tokenizer, train_bpe
+
+HARD = ["", " ", "\n", "\r\n \t x", "a\u0300b", "e\u0301 \u00a0 x", "  def f(x):\n\t return  x\n\n\n", "日本語テスト。",
+        "👩\u200d👩\u200d👧\u200d👦 x", "\u2028 x\u2029", "\x00\x01", "ﬁ ½ Ⅷ ²", "'s 'S don't WE'LL", "\u200b\u200d",
+        "x" * 50 + " " * 50, "\U0001f1f5\U0001f1f1", "<|endoftext|", "١٢٣", "\ufeff", "\u0085x", "\x1c\x1d y",
+        "𝒳𝓎 \U000e0001", "żółć हिन्दी عربى"]
+
+
+def small_tokenizer(size=300, pattern=PATTERN):
+    return train_bpe([Path(cli.__file__).read_text(), *HARD], size, pattern)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder as transformers writes it, with a tokenizer of ours."""
+    folder = tmp_path_factory.mktemp("hub") / "llama"
+    reference("llama-tied").save_pretrained(folder)
+    write_tokenizer(get_tokenizer("bytes"), folder, 32)
+    return folder
+
+
+@pytest.fixture
+def copied(llama, tmp_path):
+    """A copy to spoil; its vocabulary is too small for the tokenizer, which only an export would notice."""
+    return Path(shutil.copytree(llama, tmp_path / "llama"))
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_import_and_export_give_identical_tensors(case, tmp_path):
+    theirs = reference(case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = read_model(tmp_path / "theirs")
+    to_hf(model, tmp_path / "ours", architecture=type(theirs).__name__)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = read_model(tmp_path / "ours")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    if case != "phi-3.5-moe-long":  # where transformers leaves the long factors out
+        ids = torch.randint(61, (2, 19))
+        loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        loaded.set_experts_implementation("eager")
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_shards(copied, tmp_path, monkeypatch):
+    model = read_model(copied)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 10_000)
+    to_hf(model, tmp_path / "shards")
+    files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((tmp_path / "shards" / name).stat().st_size < 12_000 for name in files)
+    again = read_model(tmp_path / "shards")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert torch.equal(loaded.lm_head.weight, model.embed.weight)
+
+
+def test_bfloat16_stays_bfloat16(copied, tmp_path):
+    model = read_model(copied)  # its numbers are such as bfloat16 holds
+    to_hf(model, tmp_path / "half", dtype=torch.bfloat16)
+    saved = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    again = read_model(tmp_path / "half")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_trained_run_writes_the_same_in_transformers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path)
+    run = nanomai.train(tiny(train__steps=60)).run_dir
+    assert cli.main(["export", str(run), "out"]) == 0
+    assert "out: LlamaForCausalLM" in capsys.readouterr().out
+    loaded, tokenizer = hf.AutoModelForCausalLM.from_pretrained("out"), hf.AutoTokenizer.from_pretrained("out")
+    model, ours, _ = nanomai.load_run(run)
+    prompt = tokenizer("the cat")["input_ids"]
+    assert prompt == ours.encode("the cat")
+    written = loaded.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
+    assert written == prompt + generate(model, prompt, 20, stop_tokens=[])
+    assert len({*written}) > 5  # it writes words, not one letter
+    assert cli.main(["import", "out", "again"]) == 0
+    back, tokenizer, config = nanomai.load_run("again")
+    assert tokenizer.hash == ours.hash and config.model.n_layers == 2
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
+    assert cli.main(["sample", "again", "--max-tokens", "5"]) == 0
+    assert nanomai.from_hf("out")[1].hash == ours.hash
+    assert sorted(p.name for p in tmp_path.glob(".*")) == []
+
+
+PEAKS = """
+import threading, time
+from nanomai.hub import import_run, read_model
+def used():  # bytes of this process that are no file's
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+def peak(call):
+    peaks, before, done = [], used(), threading.Event()
+    def watch():
+        while not done.wait(0.001):
+            peaks.append(used())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = call()
+    done.set()
+    watcher.join()
+    return max(peaks) - before
+import_run("small", "warm")  # what libraries load on their first call is not what is measured
+print(peak(lambda: import_run("in", "out")), peak(lambda: read_model("in")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_an_import_needs_memory_for_a_few_tensors(copied, tmp_path):
+    """60 MB of weights in matrices of 2 MB: a model that is read takes that much, an import a third of it at most."""
+    (tmp_path / "llama").rename(tmp_path / "small")
+    config = ModelConfig(n_layers=6, d_model=512, n_heads=4, n_kv_heads=4, head_dim=128, d_ff=1024, vocab_size=257)
+    to_hf(build_model(config), tmp_path / "in", get_tokenizer("bytes"))
+    done = subprocess.run([sys.executable, "-c", PEAKS], cwd=tmp_path, env=environment(), capture_output=True,
+                          text=True, check=True)
+    imported, read = map(int, done.stdout.split())
+    assert imported < 20e6 and read > 60e6, (imported, read)
+
+
+# --- Tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [get_tokenizer("bytes"), small_tokenizer(), small_tokenizer(400, GPT2_PATTERN)],
+                         ids=["bytes", "ours", "gpt2"])
+def test_the_same_ids(tokenizer, tmp_path):
+    write_tokenizer(tokenizer, tmp_path, 64)
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path)
+    letters = "".join("a" + chr(c) + " 1" + chr(c) * 2 for c in range(0, 0x110000, 37) if not 0xD800 <= c < 0xE000)
+    for text in [*HARD, letters]:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text), repr(text[:40])
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs("a<|endoftext|>b")["input_ids"] == tokenizer.encode("a<|endoftext|>b", allow_special=True)
+    assert (theirs.eos_token_id, len(theirs)) == (tokenizer.end_of_text, tokenizer.vocab_size)
+    assert read_tokenizer(tmp_path).hash == tokenizer.hash
+
+
+def test_a_merge_is_what_the_ranks_below_leave():
+    tokens = [bytes([b]) for b in range(256)] + [b"ab", b"bc", b"abc", b"xyz"]
+    assert merges_of(tokens)[256:] == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), None]
+
+
+def test_a_token_that_no_merge_makes(tmp_path):
+    """It is found as a whole word only, on both sides."""
+    tokenizer = Tokenizer(PATTERN, [bytes([b]) for b in range(256)] + [b"xyz"], {"<|endoftext|>": 257})
+    write_tokenizer(tokenizer, tmp_path, 64)
+    theirs = hf.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("xyz", "xyzx", "axyz", "xyz xyz.xyz"):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert read_tokenizer(tmp_path).hash == tokenizer.hash
+
+
+def spoil(folder, name, change):
+    path = folder / name
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def rename(saved):
+    saved["model"]["vocab"]["日"] = saved["model"]["vocab"].pop("a")
+
+
+def cutter(saved):
+    return saved["pre_tokenizer"]["pretokenizers"][0]
+
+
+def unclosed(saved):
+    cutter(saved)["pattern"]["Regex"] = "("
+
+
+TOKENIZERS = [
+    ("is not byte-level BPE", lambda saved: saved["model"].update(byte_fallback=True)),
+    ("is not byte-level BPE; read_model reads the weights", lambda saved: saved.update(normalizer={"type": "NFC"})),
+    ("is not byte-level BPE", lambda saved: saved.update(pre_tokenizer={"type": "Metaspace"})),
+    ("is not byte-level BPE", lambda saved: cutter(saved).update(behavior="Removed")),
+    ("must be 0, 1, 2", lambda saved: saved["model"]["vocab"].update(ab=999)),
+    ("is not a tokenizer of the tokenizers library", lambda saved: saved.pop("model")),
+    ("is not a tokenizer of the tokenizers library", rename),
+    ("its merges are not in the order of its ids", lambda saved: saved["model"]["merges"].reverse()),
+    ("its merges are not in the order of its ids", lambda saved: saved["model"]["merges"].pop()),
+    ("is not a tokenizer of the tokenizers library (ValueError)", unclosed),
+]
+
+
+@pytest.mark.parametrize("message, change", TOKENIZERS)
+def test_tokenizers_of_another_kind(message, change, tmp_path):
+    write_tokenizer(small_tokenizer(), tmp_path, 64)
+    spoil(tmp_path, "tokenizer.json", change)
+    with pytest.raises(HubError, match=r"tokenizer\.json") as caught:
+        read_tokenizer(tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- Faults -----------------------------------------------------------------------------------------------------------
+
+
+def tensors_changed(change):
+    def plant(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+    return plant
+
+
+def settings_changed(**values):
+    return lambda folder: spoil(folder, "config.json", lambda settings: settings.update(values))
+
+
+def indexed(weight_map):
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def header(text, length=None):
+    """A file that is only a header of this text, which says that it is so long."""
+    def plant(folder):
+        data = text.encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(data) if length is None else length) + data)
+    return plant
+
+
+def put(name, value):
+    return tensors_changed(lambda tensors: tensors.update({name: value(tensors[name]).contiguous()}))
+
+
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"
+HUGE = json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}})
+FAULTS = {
+    "missing": (tensors_changed(lambda t: t.pop(UP)), f"tensor '{UP}' is missing"),
+    "many missing": (settings_changed(num_hidden_layers=4), "(and 8 more) is missing"),
+    "extra": (tensors_changed(lambda t: t.update(odd=torch.zeros(1))), "tensor 'odd' has no place"),
+    "a layer too many": (settings_changed(num_hidden_layers=2), "(and 8 more) has no place"),
+    "transposed": (put(UP, torch.t), "(24, 40), and config.json means (40, 24); it seems to be transposed"),
+    "wrong shape": (put(NORM, lambda t: t[:-1]), "has shape (23,), and config.json means (24,)"),
+    "whole numbers": (put(NORM, lambda t: t.int()), "is I32; nanomai reads BF16, F16, F32, F64"),
+    "not finite": (put(NORM, lambda t: t / 0), f"tensor '{NORM}' holds numbers that are not finite"),
+    "unknown class": (settings_changed(architectures=["LlamaForCausalML"]), "did you mean 'LlamaForCausalLM'?"),
+    "no class": (settings_changed(architectures=None), "architecture None is not known; there are Llama"),
+    "other activation": (settings_changed(hidden_act="relu"), "hidden_act is 'relu', and nanomai has 'silu' only"),
+    "quantised": (settings_changed(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
+    "yarn": (settings_changed(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not one of default"),
+    "no size": (settings_changed(hidden_size=None), "config.json: hidden_size is missing"),
+    "words": (settings_changed(num_hidden_layers="two"), "config.json: model.n_layers: 'two' is not a whole number"),
+    "negative": (settings_changed(intermediate_size=-8), "model.d_ff: d_ff -8 must be above 0"),
+    "half a head": (settings_changed(num_attention_heads=0), "must be whole numbers above 0"),
+    "a million layers": (settings_changed(num_hidden_layers=10**9), "names 1000000000 layers or experts"),
+    "wide": (settings_changed(hidden_size=10**9), "and config.json means (61, 1000000000)"),
+    "too wide": (settings_changed(intermediate_size=2**62), "means matrices that are too large"),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a JSON object"),
+    "deep": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "config.json is not a JSON object"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "no settings": (drop("config.json"), "config.json: No such file or directory"),
+    "no weights": (drop("model.safetensors"), "model.safetensors is missing"),
+    "no tokenizer": (drop("tokenizer.json"), "tokenizer.json: No such file or directory"),
+    "pickle": (only_pickle, "holds .bin files, which are pickle"),
+    "above": (indexed({UP: "../llama/model.safetensors"}), "'../llama/model.safetensors' is not the name of a"),
+    "absolute": (indexed({UP: "/etc/passwd"}), "'/etc/passwd' is not the name of a safetensors file in this folder"),
+    "not a name": (indexed({UP: ["x"]}), "weight_map must map names to files"),
+    "an empty index": (indexed({}), "names 3 layers or experts, and there are 0 tensors"),
+    "no shard": (indexed({UP: "model-00001-of-00002.safetensors"}), "model-00001-of-00002.safetensors is missing"),
+    "absurd shape": (header(HUGE), "model.safetensors is not a safetensors file"),
+    "absurd header": (header("{}", 2**60), "model.safetensors is not a safetensors file"),
+    "no header": (header("", 0), "model.safetensors is not a safetensors file"),
+    "cut short": (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "is not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_and_leaves_nothing(fault, copied, tmp_path, capsys):
+    plant, message = FAULTS[fault]
+    plant(copied)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["import", str(copied), str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and len(said) < 400, said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_stands_there_stays(copied, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(HubError, match="out exists already; choose another folder"):
+        to_hf(read_model(copied), tmp_path / "out")
+    with pytest.raises(HubError, match="exists already"):
+        import_run(copied, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_full_disk_leaves_nothing(copied, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folders, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        to_hf(read_model(copied), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_tokenizer_of_another_model(copied, tmp_path):
+    with pytest.raises(HubError, match="the tokenizer has 257 tokens and the model 61"):
+        to_hf(read_model(copied), tmp_path / "out", from_hf(copied)[1])
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, lost", [
+    ({"qk_norm": True}, "LlamaForCausalLM would be it without its qk_norm True"),
+    ({"activation": "relu2"}, "without its activation 'relu2'"), ({"logit_scale": 0.5}, "without its logit_scale 0.5"),
+    ({"biases": ("qkv",)}, "without its biases ['qkv']"),
+])
+def test_a_model_that_no_class_is(changes, lost):
+    with pytest.raises(HubError) as caught:
+        settings_of(ModelConfig(**changes))
+    assert lost in str(caught.value)
+
+
+@pytest.mark.parametrize("name, architecture", [
+    ("nano", "LlamaForCausalLM"), ("gpt2-124m", "GPT2LMHeadModel"), ("llama-3-8b", "LlamaForCausalLM")])
+def test_configurations_and_their_classes(name, architecture):
+    assert settings_of(load_config(name).model)["architectures"] == [architecture]
+
+
+def test_settings_as_transformers_4_wrote_them():
+    """The config.json of Phi-3.5-MoE in its first form: scaling apart from theta, factors with the old key."""
+    old = {"architectures": ["PhimoeForCausalLM"], "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 8, "num_local_experts": 4,
+           "max_position_embeddings": 64, "original_max_position_embeddings": 8, "rope_theta": 10000.0,
+           "attention_bias": True, "lm_head_bias": True, "torch_dtype": "bfloat16", "rope_scaling": {
+               "type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "short_mscale": 1.243,
+               "long_mscale": 1.243}}
+    _, config = config_of(old)
+    scaling = config.rope_scaling
+    assert (config.rope_theta, scaling.kind, scaling.original_context) == (1e4, "longrope", 8)
+    assert (scaling.long_factors, scaling.attention_factor) == ((2.0, 3.0), 1.243)
+    assert config.biases == ("qkv", "out", "head") and config.moe.jitter == 0.01
+    old["rope_scaling"]["long_mscale"] = 1.3
+    with pytest.raises(HubError, match=r"short_mscale 1.243 and long_mscale 1.3 must be alike"):
+        config_of(old)
+
+
+def test_names_without_their_first_word(tmp_path):
+    """As in GPT-2's own file, which also holds the triangle of its mask."""
+    reference("gpt2").save_pretrained(tmp_path)
+    whole = read_model(tmp_path)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
+    again = read_model(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.state_dict().items())
