@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from test_model_parity import CASES, reference
+from test_model_parity import CASES, SIZES, reference
 from tiny_run import environment, tiny, write_tiny
 
 import nanomai
@@ -39,14 +39,16 @@ def small_tokenizer(size=300, pattern=PATTERN):
 def llama(tmp_path_factory):
     """A folder as transformers writes it, with a tokenizer of ours."""
     folder = tmp_path_factory.mktemp("hub") / "llama"
-    reference("llama-tied").save_pretrained(folder)
+    torch.manual_seed(0)
+    theirs = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | {"vocab_size": 257, "tie_word_embeddings": True}))
+    theirs.bfloat16().float().save_pretrained(folder)
     write_tokenizer(get_tokenizer("bytes"), folder, 32)
     return folder
 
 
 @pytest.fixture
 def copied(llama, tmp_path):
-    """A copy to spoil; its vocabulary is too small for the tokenizer, which only an export would notice."""
+    """A copy to spoil."""
     return Path(shutil.copytree(llama, tmp_path / "llama"))
 
 
@@ -75,11 +77,11 @@ def test_import_and_export_give_identical_tensors(case, tmp_path):
 
 def test_shards(copied, tmp_path, monkeypatch):
     model = read_model(copied)
-    monkeypatch.setattr(folders, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 30_000)
     to_hf(model, tmp_path / "shards")
     files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert all((tmp_path / "shards" / name).stat().st_size < 12_000 for name in files)
+    assert all((tmp_path / "shards" / name).stat().st_size < 32_000 for name in files)
     again = read_model(tmp_path / "shards")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
@@ -283,9 +285,15 @@ FAULTS = {
     "no size": (settings_changed(hidden_size=None), "config.json: hidden_size is missing"),
     "words": (settings_changed(num_hidden_layers="two"), "config.json: model.n_layers: 'two' is not a whole number"),
     "negative": (settings_changed(intermediate_size=-8), "model.d_ff: d_ff -8 must be above 0"),
+    "a list for a name": (settings_changed(architectures=[["x"]]), "config.json holds a value of the wrong kind"),
+    "a mapping for a name": (settings_changed(rope_parameters={"rope_type": {}}), "a value of the wrong kind"),
+    "more tokens than rows": (lambda folder: write_tokenizer(small_tokenizer(), folder, 32),
+                              "tokenizer.json has 300 tokens, and the model knows 257"),
+    "a far id": (lambda folder: spoil(folder, "tokenizer.json", lambda saved: saved["added_tokens"][0].update(
+        id=2**62)), "a special token's id lies more than 65536 above"),
     "half a head": (settings_changed(num_attention_heads=0), "must be whole numbers above 0"),
     "a million layers": (settings_changed(num_hidden_layers=10**9), "names 1000000000 layers or experts"),
-    "wide": (settings_changed(hidden_size=10**9), "and config.json means (61, 1000000000)"),
+    "wide": (settings_changed(hidden_size=10**9), "and config.json means (257, 1000000000)"),
     "too wide": (settings_changed(intermediate_size=2**62), "means matrices that are too large"),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a JSON object"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "config.json is not a JSON object"),
@@ -338,8 +346,10 @@ def test_a_full_disk_leaves_nothing(copied, tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_of_another_model(copied, tmp_path):
-    with pytest.raises(HubError, match="the tokenizer has 257 tokens and the model 61"):
-        to_hf(read_model(copied), tmp_path / "out", from_hf(copied)[1])
+    model, tokenizer = from_hf(copied)
+    assert tokenizer.hash == get_tokenizer("bytes").hash
+    with pytest.raises(HubError, match="the tokenizer has 300 tokens and the model 257"):
+        to_hf(model, tmp_path / "out", small_tokenizer())
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------

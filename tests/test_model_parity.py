@@ -265,6 +265,27 @@ def test_bfloat16_is_as_near_to_float64_as_theirs(case):
     assert {name: (a / b) ** 0.5 for name, (a, b) in errors.items() if a > 1.5**2 * b} == {}
 
 
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["gpt2", "phi-3-long", "mistral", "mixtral", "deepseek-v3"])
+def test_twenty_steps_of_fine_tuning_follow_theirs(case):
+    """The same loss step for step; they drop nothing out, and choose experts without drawing."""
+    losses = []
+    for model in (copy.deepcopy(ours(case)), copy.deepcopy(reference(case))):
+        optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0), random_ids(4, T + 1, seed=7)
+        for _ in range(20):
+            logits = model(ids[:, :-1])
+            loss = nn.functional.cross_entropy(getattr(logits, "logits", logits).flatten(0, 1), ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    mine, theirs = torch.tensor(losses).view(2, 20)
+    assert theirs[-1] < theirs[0] - 0.3  # it learns
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+
+
 # --- SparseMixer in training ------------------------------------------------------------------------------------------
 
 

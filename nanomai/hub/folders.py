@@ -40,13 +40,24 @@ IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
 
 def from_hf(folder: str | Path) -> tuple[Transformer, Tokenizer]:
     """Model, in float32, and tokenizer of a Hugging Face folder. HubError says in one line what cannot be read."""
-    tokenizer = read_tokenizer(Path(folder))
-    return read_model(folder), tokenizer
+    tokenizer, source = _read_both(Path(folder))
+    return _model(source), tokenizer
 
 
 def read_model(folder: str | Path) -> Transformer:
     """The model alone: for a folder with a tokenizer of another kind."""
-    source = _Source(Path(folder))
+    return _model(_Source(Path(folder)))
+
+
+def _read_both(folder: Path) -> tuple[Tokenizer, _Source]:
+    tokenizer, source = read_tokenizer(folder), _Source(folder)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise HubError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, and the model knows "
+                       f"{source.config.vocab_size}")
+    return tokenizer, source
+
+
+def _model(source: _Source) -> Transformer:
     model = source.model.to_empty(device="cpu")
     for buffer in model.buffers():
         buffer.zero_()
@@ -56,7 +67,7 @@ def read_model(folder: str | Path) -> Transformer:
 
 def import_run(folder: str | Path, out: str | Path) -> Path:
     """Makes a run folder that `load_run` reads. The weights pass through files, so memory holds a tensor of them."""
-    tokenizer, source = read_tokenizer(Path(folder)), _Source(Path(folder))
+    tokenizer, source = _read_both(Path(folder))
     config = Config(Path(out).name, source.config, DataConfig(tokenizer=str(Path(out) / "tokenizer.json")),
                     train=TrainConfig(batch_tokens=source.config.context_length))
     with _appearing(Path(out)) as new:

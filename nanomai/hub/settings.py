@@ -20,6 +20,8 @@ def config_of(settings: dict[str, Any], where: str = "config.json") -> tuple[Fam
     except (ConfigError, HubError) as error:
         name = f"{error.field}: " if getattr(error, "field", None) else ""
         raise HubError(f"{where}: {name}{error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise HubError(f"{where} holds a value of the wrong kind: {error}") from None
 
 
 def _config_of(settings: dict[str, Any]) -> tuple[Family, ModelConfig]:

@@ -15,6 +15,7 @@ from nanomai.files import write_atomically
 from nanomai.hub.families import HubError, read_json
 from nanomai.tokenizer import END_OF_TEXT, Tokenizer, TokenizerError
 
+MOST_SPECIAL = 2**16  # ids that are reserved above the ordinary ones: a table of them all is kept
 END_SETTINGS = ("bos_token_id", "eos_token_id")
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -85,7 +86,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return _tokenizer(saved)
     except (HubError, TokenizerError) as error:
         raise HubError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise HubError(f"{path} is not a tokenizer of the tokenizers library ({type(error).__name__})") from None
 
 
@@ -97,6 +98,8 @@ def _tokenizer(saved: dict[str, Any]) -> Tokenizer:
     ranked = sorted((rank, name) for name, rank in model["vocab"].items() if name not in special)
     if [rank for rank, _ in ranked] != list(range(len(ranked))):
         raise HubError("the ids of its tokens must be 0, 1, 2, ..., the special ones above")
+    if any(number > len(ranked) + MOST_SPECIAL for number in special.values()):
+        raise HubError(f"a special token's id lies more than {MOST_SPECIAL} above the others")
     tokens = [bytes(BYTE_OF[character] for character in name) for _, name in ranked]
     tokenizer = Tokenizer(pattern, tokens, special)
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
