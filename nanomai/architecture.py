@@ -102,12 +102,15 @@ class MoEConfig:
         if self.experts_per_token > self.n_experts:
             raise ConfigError(f"experts_per_token {self.experts_per_token} of n_experts {self.n_experts}: a token can "
                               "meet each once", "model.moe.experts_per_token")
-        if self.router == "sparsemixer" and self.experts_per_token != 2:
-            raise ConfigError(f"sparsemixer chooses 2 experts, not {self.experts_per_token}",
-                              "model.moe.experts_per_token")
-        if self.n_experts % self.n_groups or self.groups_per_token > self.n_groups:
+        if self.router == "sparsemixer" and (self.experts_per_token != 2 or self.jitter <= 0):
+            raise ConfigError(f"sparsemixer chooses 2 experts among rivals within jitter above 0, not "
+                              f"{self.experts_per_token} within {self.jitter}", "model.moe.experts_per_token")
+        if (self.n_experts % self.n_groups or self.groups_per_token > self.n_groups
+                or self.groups_per_token * self.n_experts // self.n_groups < self.experts_per_token):
             raise ConfigError(f"{self.n_experts} experts in {self.n_groups} groups, {self.groups_per_token} for a "
-                              "token: the groups must be alike, and so many", "model.moe.n_groups")
+                              "token: the groups must be alike, and so many, and hold enough", "model.moe.n_groups")
+        if min(self.balance_loss, self.z_loss, self.bias_speed) < 0:
+            raise ConfigError("balance_loss, z_loss and bias_speed must not be negative", "model.moe.balance_loss")
         if self.bias_speed and self.router != "sigmoid":
             raise ConfigError("bias_speed moves the selection bias of the sigmoid router; "
                               f"{self.router} has none", "model.moe.bias_speed")
@@ -296,5 +299,11 @@ def _faults(c: ModelConfig):
     if s.kind == "longrope" and {len(s.short_factors), len(s.long_factors)} != {pairs}:
         yield (f"longrope has {len(s.short_factors)} short and {len(s.long_factors)} long factors; a head has {pairs} "
                "pairs"), "rope_scaling.long_factors"
-    if c.mla.kv_rank and (c.n_kv_heads != c.n_heads or c.sliding_window or c.biases or c.qk_norm):
-        yield "latent attention has no groups (n_kv_heads = n_heads), window, biases or qk_norm here", "mla.kv_rank"
+    if c.mla.kv_rank and (c.n_kv_heads != c.n_heads or c.sliding_window or c.biases or c.qk_norm or c.attention_scale
+                          or c.position != "rope" or c.rotary_dim or c.mla.v_dim < 1):
+        yield ("latent attention turns by rope and has no groups (n_kv_heads = n_heads), window, biases, qk_norm, "
+               "rotary_dim or attention_scale here"), "mla.kv_rank"
+    if c.sparse.block and (min(c.sparse.dense_every, c.sparse.local_blocks) < 1 or c.sliding_window):
+        yield "dense_every and local_blocks must be at least 1, and sliding_window null", "sparse.dense_every"
+    if s.factor <= 0 or (s.kind == "ntk" and pairs < 2):
+        yield f"factor {s.factor} must be above 0, and ntk needs two pairs to turn", "rope_scaling.factor"

@@ -165,9 +165,11 @@ def test_a_compiled_block_is_the_eager_one():
 
 
 @pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"sliding_window": 4}, {"biases": ("qkv",)},
-                                     {"qk_norm": True}], ids=str)
+                                     {"qk_norm": True}, {"position": "learned"}, {"attention_scale": 0.1},
+                                     {"rotary_dim": 4}], ids=str)
 def test_what_it_cannot_be_put_together_with(changes):
-    message = "latent attention has no groups (n_kv_heads = n_heads), window, biases or qk_norm here"
+    message = ("latent attention turns by rope and has no groups (n_kv_heads = n_heads), window, biases, qk_norm, "
+               "rotary_dim or attention_scale here")
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") as caught:
         dataclasses.replace(TINY, **changes)
     assert caught.value.field == "model.mla.kv_rank"

@@ -397,7 +397,7 @@ def test_a_compiled_block_is_the_eager_one(name, training):
 def test_the_host_never_waits_for_a_router(name):
     """On the meta device nothing has a value: forward, losses and backward ask for none."""
     config = tiny(router=name, balance_loss=0.1, z_loss=0.1, n_shared_experts=1, **(
-        {"n_experts": 6, "n_groups": 3, "groups_per_token": 2} if name == "sigmoid" else {}))
+        {"n_experts": 6, "n_groups": 3, "groups_per_token": 2} if name == "sigmoid" else {"jitter": 0.1}))
     with torch.device("meta"):
         moe, x = MoE(config), torch.empty(2, 8, 24, dtype=torch.bfloat16, requires_grad=True)
         moe(x, torch.ones(())).sum().backward()
@@ -734,10 +734,17 @@ ERRORS = [
     ({"groups_per_token": 0}, "groups_per_token 0 must be above 0 and finite", "groups_per_token"),
     ({"weight_scale": math.inf}, "weight_scale inf must be above 0 and finite", "weight_scale"),
     ({"experts_per_token": 5}, "experts_per_token 5 of n_experts 4: a token can meet each once", "experts_per_token"),
-    ({"router": "sparsemixer", "experts_per_token": 1}, "sparsemixer chooses 2 experts, not 1", "experts_per_token"),
-    ({"n_groups": 3}, "4 experts in 3 groups, 1 for a token: the groups must be alike, and so many", "n_groups"),
+    ({"router": "sparsemixer", "experts_per_token": 1, "jitter": 0.1},
+     "sparsemixer chooses 2 experts among rivals within jitter above 0, not 1 within 0.1", "experts_per_token"),
+    ({"router": "sparsemixer"},  # no rivals: the router would never learn
+     "sparsemixer chooses 2 experts among rivals within jitter above 0, not 2 within 0.0", "experts_per_token"),
+    ({"n_groups": 3}, "4 experts in 3 groups, 1 for a token: the groups must be alike, and so many, and hold enough",
+     "n_groups"),
     ({"n_groups": 2, "groups_per_token": 3},
-     "4 experts in 2 groups, 3 for a token: the groups must be alike, and so many", "n_groups"),
+     "4 experts in 2 groups, 3 for a token: the groups must be alike, and so many, and hold enough", "n_groups"),
+    ({"n_groups": 4}, "4 experts in 4 groups, 1 for a token: the groups must be alike, and so many, and hold enough",
+     "n_groups"),
+    ({"z_loss": -1.0}, "balance_loss, z_loss and bias_speed must not be negative", "balance_loss"),
     ({"bias_speed": 0.1}, "bias_speed moves the selection bias of the sigmoid router; softmax has none", "bias_speed"),
 ]
 
