@@ -118,7 +118,7 @@ def test_the_librarys_product_needs_no_number_from_the_gpu():
             grouped_products._init_fn(x.float(), weight.float(), ends)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_host_never_waits_on_a_gpu():
     x, weight = randn(64, 32, dtype=torch.bfloat16).cuda(), randn(4, 48, 32, dtype=torch.bfloat16).cuda()
     x, weight = x.requires_grad_(), weight.requires_grad_()
