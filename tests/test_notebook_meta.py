@@ -107,8 +107,9 @@ BUGS = {
             'return self._encoding.encode(text, allowed_special="all")', soak=True),
     ],
     "09_moe": [
-        Bug("experts: results go back by the order itself", "moe.py",
-            "return (y[back].unflatten", "return (y[order].unflatten", soak=True),
+        Bug("experts: results go back by the order itself", "grouped.py",
+            "return _ToTokens.apply(rows, pairs.order, pairs.places)",
+            "return _ToTokens.apply(rows, pairs.order, pairs.order)", soak=True),
         Bug("softmax router: weights not renormalised", "moe.py",
             "Route(weights / weights.sum(-1, keepdim=True), experts, scores, logits)",
             "Route(weights, experts, scores, logits)", soak=True),
