@@ -293,9 +293,11 @@ def _faults(c: ModelConfig):
     if c.tied_embeddings and "head" in c.biases:
         yield "a head bias needs tied_embeddings: false", "biases"
     pairs, s = c.turned_dim // 2, c.rope_scaling
-    if s.kind != "none" and not 1 < s.original_context <= c.context_length:
-        yield (f"original_context {s.original_context} must lie above 1, up to context_length {c.context_length}",
+    if s.kind != "none" and not 0 < s.original_context <= c.context_length:
+        yield (f"original_context {s.original_context} must lie above 0, up to context_length {c.context_length}",
                "rope_scaling.original_context")
+    if s.kind == "longrope" and s.attention_factor is None and s.original_context < 2:
+        yield "an original_context of 1 needs an attention_factor", "rope_scaling.attention_factor"
     if s.kind == "longrope" and {len(s.short_factors), len(s.long_factors)} != {pairs}:
         yield (f"longrope has {len(s.short_factors)} short and {len(s.long_factors)} long factors; a head has {pairs} "
                "pairs"), "rope_scaling.long_factors"

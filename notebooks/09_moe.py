@@ -615,7 +615,8 @@ family = {
     "Phi-3.5-MoE": decoder(
         32, 4096, 32, 8, 32064, norm="layernorm",
         biases=("qkv", "out", "head"),
-        moe=MoEConfig(n_experts=16, d_expert=6400, router="sparsemixer")),
+        moe=MoEConfig(n_experts=16, d_expert=6400, jitter=0.01,
+                      router="sparsemixer")),
     "GPT-4 (rumour)": decoder(
         120, 11264, 96, 96, 100352, activation="gelu",
         moe=MoEConfig(n_experts=16, d_expert=38912)),

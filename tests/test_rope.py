@@ -210,9 +210,9 @@ def test_a_cache_of_short_keys_is_refused_beyond():
 
 ERRORS = [
     ({"rope_scaling": RopeScaling("linear")},
-     "original_context 0 must lie above 1, up to context_length 24", "rope_scaling.original_context"),
+     "original_context 0 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
     ({"rope_scaling": RopeScaling("llama3", original_context=25)},
-     "original_context 25 must lie above 1, up to context_length 24", "rope_scaling.original_context"),
+     "original_context 25 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
     ({"rope_scaling": dataclasses.replace(LONGROPE, long_factors=(1.0, 2.0))},
      "longrope has 3 short and 2 long factors; a head has 3 pairs", "rope_scaling.long_factors"),
     ({"rope_scaling": LONGROPE, "rotary_dim": 4},
@@ -225,6 +225,8 @@ ERRORS = [
      "dense_every and local_blocks must be at least 1, and sliding_window null", "sparse.dense_every"),
     ({"sparse": SparseAttention(block=2), "sliding_window": 4},
      "dense_every and local_blocks must be at least 1, and sliding_window null", "sparse.dense_every"),
+    ({"rope_scaling": dataclasses.replace(LONGROPE, original_context=1, attention_factor=None)},
+     "an original_context of 1 needs an attention_factor", "rope_scaling.attention_factor"),
     ({"rotary_dim": 5}, "rotary_dim 5 is odd; rotary positions turn pairs of numbers", "rotary_dim"),
     ({"rotary_dim": 8}, "8 numbers of a head are to be turned and it has 6", "rotary_dim"),
     ({"rotary_dim": -2}, "-2 numbers of a head are to be turned and it has 6", "rotary_dim"),
