@@ -20,7 +20,7 @@ import torch
 from nanomai import checkpoint, machine, runs
 from nanomai.config import Config, ConfigError
 from nanomai.config_file import load_config
-from nanomai.data import Batch, rank_spans, timed
+from nanomai.data import Batch, make_key, rank_spans, timed
 from nanomai.evaluation import Evaluation, compressed_bits_per_byte, evaluate, validation_text
 from nanomai.guard import SpikeGuard
 from nanomai.model import Transformer, build_model
@@ -55,7 +55,8 @@ def train(config: Config, show: bool = True) -> RunResult:
     """Trains as `config` says and returns what came of it; the run folder holds everything else.
 
     Ctrl-C and SIGTERM end the current step, save, and return with `finished=False`. Raises ConfigError, RunError,
-    DataError, CheckpointError or TrainingStopped, each one line that says what to do.
+    DataError, CheckpointError or TrainingStopped, each one line that says what to do. Each micro-batch seeds torch's
+    generator with its own number.
     """
     device = machine.pick_device(config.train.device)
     with process_group(device.type) as mesh, Report(show and mesh.is_main) as report:
@@ -125,7 +126,7 @@ class Trainer:
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint."""
         optimizer = {f"optimizer/{name}": t for name, t in named_state(self.optimizers, self.model).items()}
-        return runs.model_state(self.model) | optimizer | {"rng/cpu": torch.get_rng_state()}
+        return runs.model_state(self.model) | optimizer
 
     def _find_checkpoint(self) -> Path | None:
         """The newest good one of a resumed run; damaged ones are named."""
@@ -147,7 +148,6 @@ class Trainer:
             raise ConfigError(f"{path} was trained on other data than data.corpus, data.seed and the sequence length "
                               "give now; resume with the same, or start a run with --train.init-from")
         checkpoint.load(path, tensors, self.mesh)
-        torch.set_rng_state(tensors["rng/cpu"])
         self.guard.restore(state["guard"])
         self.steps_done, self.samples = state["step"], state["samples"]
         if state["machine"] != machine.describe(self.device, self.mesh.world_size):
@@ -194,7 +194,10 @@ class Trainer:
         if stop:
             return None
         loss = torch.zeros((), device=self.device)
-        for micro in zip(*(x.split(train.micro_batch) for x in batch), strict=True):
+        first = self.samples + self.mesh.rank * len(batch.ids)  # this rank's first sample
+        for i, micro in enumerate(zip(*(x.split(train.micro_batch) for x in batch), strict=True)):
+            # what a router draws belongs to the samples, whichever rank or session has them
+            torch.manual_seed(make_key(train.seed, first + i * train.micro_batch).item())
             micro_loss = self.model(*(x.to(self.device, non_blocking=True) for x in micro), reduction="sum")
             micro_loss.backward()
             loss += micro_loss.detach()

@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -701,9 +702,9 @@ def test_resumed_is_unbroken(kind, tmp_path, monkeypatch):
         return step(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # what was drawn before the run is no part of it
     assert train(tiny_run(train__run_dir="broken", **settings), show=False).steps == 5
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     assert train(tiny_run(train__run_dir="broken", train__resume=True, **settings), show=False).finished
     assert curve("broken") == curve("unbroken") and len(curve("broken")) == 12
     got, expected = state("broken"), state("unbroken")
@@ -711,6 +712,37 @@ def test_resumed_is_unbroken(kind, tmp_path, monkeypatch):
     if "bias" in kind:
         biases = [torch.frombuffer(bytearray(b), dtype=torch.float32) for n, b in got.items() if "selection" in n]
         assert len(biases) == 2 and all(b.abs().max() > 0.02 for b in biases)
+
+
+def train_and_note_seeds(rank: int, run: str) -> None:
+    """Writes the seed of each micro-batch to `run-rank`."""
+    seeds, forward = [], Transformer.forward
+
+    def noted(model, *arguments, **options):
+        if model.training:
+            seeds.append(str(torch.initial_seed()))
+        return forward(model, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transformer, "forward", noted)
+        patch.setattr(Trainer, "_write", lambda *_: "")
+        train(tiny_run(train__run_dir=run, train__steps=4, train__micro_batch=4, **ROUTED, **RUNS["sparsemixer"]),
+              show=False)
+    Path(f"{run}-{rank}").write_text("\n".join(seeds))
+
+
+def test_two_ranks_draw_what_one_would(tmp_path, monkeypatch):
+    """Each for its own samples, by what they are; so the run is the same on one rank or two."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path)
+    train_and_note_seeds(0, "one")
+    launch(train_and_note_seeds, 2, "two")
+    one, first, second = (Path(name).read_text().split() for name in ("one-0", "two-0", "two-1"))
+    assert len(set(one)) == len(one) == 2 * 4
+    assert (first, second) == (one[::2], one[1::2])
+    for key in ("loss", "grad_norm"):
+        losses = [[row[key] for row in curve(run)] for run in ("one", "two")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_run_s_loss_is_the_cross_entropy(tmp_path, monkeypatch):
