@@ -214,14 +214,15 @@ class _WithLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def balance_experts(model: nn.Module, sum_over_ranks=lambda x: x) -> None:
+def balance_experts(model: nn.Module, sum_over_ranks=lambda x: x, move: bool = True) -> None:
     """Moves each selection bias by `bias_speed`: up for experts that were chosen too rarely, down for busy ones.
 
-    Called after each optimizer step (arXiv 2408.15664); no gradient has to fight over balance then.
+    Called after each optimizer step (arXiv 2408.15664); no gradient has to fight over balance then. After a step that
+    was refused nothing moves, and its choices are forgotten with it.
     """
     for layer in model.modules():
         if isinstance(layer, MoE):
-            if layer.config.bias_speed:
+            if move and layer.config.bias_speed:
                 load = sum_over_ranks(layer.load)
                 layer.selection_bias += layer.config.bias_speed * (load.mean() - load).sign()
             layer.load.zero_()

@@ -210,7 +210,7 @@ class Trainer:
             set_learning_rate(self.optimizers, lr)
             for optimizer in self.optimizers:
                 optimizer.step()
-            balance_experts(self.model, self.mesh.sum)
+        balance_experts(self.model, self.mesh.sum, move=reason is None)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.steps_done, self.samples = self.steps_done + 1, self.samples + int(n_samples)

@@ -263,12 +263,19 @@ def poison(monkeypatch):
     return lambda steps, value: bad.update(dict.fromkeys(steps, value))
 
 
-def test_a_bad_step_never_touches_weights_or_optimizer(poison, after, here, capsys):
+BALANCED = {"model__moe__n_experts": 5, "model__moe__d_expert": 16, "model__moe__router": "sigmoid",
+            "model__moe__bias_speed": 0.01}
+
+
+@pytest.mark.parametrize("settings", [{}, BALANCED], ids=["dense", "experts"])
+def test_a_bad_step_never_touches_weights_or_optimizer(settings, poison, after, here, capsys):
+    """Nor the selection bias; nor do its choices of experts count in the next step."""
     poison([5], float("nan"))
     seen = []
     for step in (4, 5, 6):
-        after(step, lambda t: seen.append({name: x.clone() for name, x in t._tensors().items()}))
-    assert train(tiny()).finished
+        after(step, lambda t: seen.append({name: x.clone() for name, x in [*t._tensors().items(),
+                                                                           *t.model.named_buffers()]}))
+    assert train(tiny(**settings)).finished
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
     assert not torch.equal(seen[1]["model/embed.weight"], seen[2]["model/embed.weight"])
     assert [(row["step"], row["skipped"]) for row in rows("runs/tiny") if "skipped" in row] == [
