@@ -214,7 +214,21 @@ class _WithLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def balance_experts(model: nn.Module, sum_over_ranks=lambda x: x, move: bool = True) -> None:
+def sum_loads(model: nn.Module, sum_over_ranks=lambda x: x) -> Tensor | None:
+    """Makes each layer's counts of choices those of all ranks; returns how far the worst layer is from balance.
+
+    That is its busiest expert's count over the mean: 1 is even, E / k is as bad as can be. None without experts.
+    """
+    loads = [layer.load for layer in model.modules() if isinstance(layer, MoE)]
+    if not loads:
+        return None
+    together = sum_over_ranks(torch.stack(loads))  # (layers, E): one message
+    torch._foreach_copy_(loads, together.unbind())
+    return (together.amax(-1) / together.mean(-1)).max()
+
+
+@torch.no_grad()
+def balance_experts(model: nn.Module, move: bool = True) -> None:
     """Moves each selection bias by `bias_speed`: up for experts that were chosen too rarely, down for busy ones.
 
     Called after each optimizer step (arXiv 2408.15664); no gradient has to fight over balance then. After a step that
@@ -222,7 +236,7 @@ def balance_experts(model: nn.Module, sum_over_ranks=lambda x: x, move: bool = T
     """
     for layer in model.modules():
         if isinstance(layer, MoE):
+            load = layer.load
             if move and layer.config.bias_speed:
-                load = sum_over_ranks(layer.load)
                 layer.selection_bias += layer.config.bias_speed * (load.mean() - load).sign()
-            layer.load.zero_()
+            load.zero_()

@@ -24,7 +24,7 @@ from nanomai.data import Batch, make_key, rank_spans, timed
 from nanomai.evaluation import Evaluation, compressed_bits_per_byte, evaluate, validation_text
 from nanomai.guard import SpikeGuard
 from nanomai.model import Transformer, build_model
-from nanomai.moe import balance_experts
+from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import build_optimizers, learning_rate, named_state, piecewise, set_learning_rate
 from nanomai.parallel.apply import clip_gradients, parallelize, sum_gradients
@@ -202,6 +202,7 @@ class Trainer:
             micro_loss.backward()
             loss += micro_loss.detach()
         sum_gradients(self.model, self.mesh)
+        imbalance = sum_loads(self.model, self.mesh.sum)  # asked for before the host waits, read after
         loss = (self.mesh.sum(loss) / n_valid).item()
         grad_norm = clip_gradients(self.model, self.config.optim.grad_clip, n_valid).item()
         lr = learning_rate(self.config.optim, self.steps_done, train.steps)
@@ -210,7 +211,7 @@ class Trainer:
             set_learning_rate(self.optimizers, lr)
             for optimizer in self.optimizers:
                 optimizer.step()
-        balance_experts(self.model, self.mesh.sum, move=reason is None)
+        balance_experts(self.model, move=reason is None)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.steps_done, self.samples = self.steps_done + 1, self.samples + int(n_samples)
@@ -218,6 +219,7 @@ class Trainer:
         self.recent_seconds.append(seconds)
         row = {"step": self.steps_done, "loss": loss, "grad_norm": grad_norm, "lr": lr,
                "tokens_per_second": round(n_samples * self.config.sequence_length / seconds, 1)}
+        row |= {} if imbalance is None else {"moe/imbalance": imbalance.item()}
         return self._record(row, reason)
 
     def _record(self, row: dict, reason: str | None) -> dict:

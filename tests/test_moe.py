@@ -31,6 +31,7 @@ from nanomai.moe import (
     sigmoid_route,
     softmax_route,
     sparsemixer_route,
+    sum_loads,
 )
 from nanomai.optim import Muon, build_optimizers
 from nanomai.parallel.launch import launch, process_group
@@ -527,6 +528,14 @@ def test_one_step_of_the_bias():
     assert moe.selection_bias.tolist() == [-0.5, 0.5] + [0.0] * 6
 
 
+def test_imbalance_is_the_busiest_experts_share_of_the_mean_in_the_worst_layer():
+    model = build_model(TINY)
+    for block, load in zip(model.blocks.values(), ([3.0, 1, 2, 2, 2], [0.0, 5, 0, 0, 5]), strict=True):
+        block.mlp.load.copy_(torch.tensor(load))
+    assert sum_loads(model).item() == 2.5
+    assert sum_loads(build_model(dataclasses.replace(TINY, moe=MoEConfig()))) is None
+
+
 def test_nothing_moves_in_use_or_without_targets():
     model = shaken(tiny(router="sigmoid", bias_speed=0.1, balance_loss=0.1))
     before = {n: b.clone() for n, b in model.named_buffers()}
@@ -653,16 +662,18 @@ def test_it_learns_one_batch_by_heart(name):
 
 def on_each_rank(rank: int, folder) -> None:
     with process_group() as mesh:
-        model = shaken(tiny(router="sigmoid", bias_speed=0.05))
+        model, imbalance = shaken(tiny(router="sigmoid", bias_speed=0.05)), []
         for x in (ids(4, 8), ids(4, 9), ids(4, 10)):  # what a step chooses depends on the biases of the one before
             mine = x.chunk(mesh.world_size)[mesh.rank]
             model(mine, mine, reduction="sum")
-            balance_experts(model, mesh.sum)
-        torch.save([b.mlp.selection_bias for b in model.blocks.values()], folder / f"{mesh.world_size}-{rank}.pt")
+            imbalance.append(sum_loads(model, mesh.sum))
+            balance_experts(model)
+        found = [torch.stack(imbalance), *(b.mlp.selection_bias for b in model.blocks.values())]
+        torch.save(found, folder / f"{mesh.world_size}-{rank}.pt")
 
 
 def test_two_ranks_agree_on_the_bias(tmp_path, monkeypatch):
-    """With each other, and with one rank that has the whole batch."""
+    """And on how busy experts are: with each other, and with one rank that has the whole batch."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     on_each_rank(0, tmp_path)
     launch(on_each_rank, 2, tmp_path)
@@ -754,6 +765,19 @@ def test_a_run_s_loss_is_the_cross_entropy(tmp_path, monkeypatch):
                   show=False) for weight in (0.0, 10.0)]
     assert runs[0].losses[0] == runs[1].losses[0]
     assert runs[0].losses[1] != runs[1].losses[1]
+
+
+def test_a_run_tells_how_uneven_its_experts_are(tmp_path, monkeypatch):
+    """Of all micro-batches of the step, in its row; and a dense run has no such number."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_write", lambda *_: "")
+    write_tiny(tmp_path)
+    train(tiny_run(train__steps=2, train__run_dir="dense"), show=False)
+    assert all("moe/imbalance" not in row for row in curve("dense"))
+    for micro in (8, 3):
+        train(tiny_run(train__steps=2, train__micro_batch=micro, train__run_dir=str(micro), **ROUTED), show=False)
+    whole, parts = ([row["moe/imbalance"] for row in curve(run)] for run in ("8", "3"))
+    assert whole == parts and all(1 < x <= 5 / 2 for x in whole)
 
 
 # --- settings that cannot work
