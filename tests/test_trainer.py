@@ -309,6 +309,24 @@ def test_bad_steps_in_a_row_stop_the_run(poison, saved):
     assert [row["step"] for row in rows("runs/tiny") if "skipped" in row] == [5, 6, 7]
 
 
+ROUTERS = {"softmax": {}, "sigmoid": {"model__moe__n_groups": 3, "model__moe__groups_per_token": 2},
+           "sparsemixer": {"model__moe__jitter": 0.1}}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_scores_that_are_no_numbers_still_choose_experts_and_the_guard_speaks(router, value, after):
+    """What cannot be ordered is sorted all the same: the step is refused, and nothing breaks on an index."""
+    def spoil(t):
+        with torch.no_grad():
+            t.model.blocks["1"].mlp.router.weight[2] = float(value)
+
+    after(2, spoil)
+    with pytest.raises(TrainingStopped, match=r"^2 steps in a row were refused, the last because the loss is nan; "):
+        train(tiny(train__max_skipped=2, model__moe__n_experts=6, model__moe__d_expert=8, model__moe__router=router,
+                   model__moe__balance_loss=0.01, model__moe__z_loss=1e-3, **ROUTERS[router]), show=False)
+
+
 def test_weights_that_are_not_numbers_are_named(after):
     def spoil(t):
         with torch.no_grad():
