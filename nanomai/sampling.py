@@ -130,8 +130,9 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
     for _ in range(max_tokens):
         full = cache is not None and cache.length == context
         if cache is None or full or _outgrows(model, cache.length):
-            keep = max(1, context // 2 if full else context - 1)  # room for at least one new token
-            cache, fresh = _prefill(model, [text[-keep:] for text in texts], context)
+            # a prompt leaves room for a token; what outgrew its factors is read from where the cache began
+            keep = context - 1 if cache is None else context // 2 if full else cache.length + 1
+            cache, fresh = _prefill(model, [text[-max(1, keep) :] for text in texts], context)
         with evaluating(model):
             logits = model(fresh, cache=cache, last_only=True)[:, -1, :vocab_size]
         if repetition_penalty != 1:

@@ -181,6 +181,22 @@ def test_generation_across_the_original_context_is_that_without_a_cache(kind):
         assert generate(model, prompt, CONTEXT - n) == text[n:], n
 
 
+@pytest.mark.parametrize("original", [CONTEXT // 3, CONTEXT // 2, 16, CONTEXT - 1, CONTEXT])
+@torch.no_grad()
+def test_a_text_that_was_cut_crosses_the_original_context_again(original):
+    """The full cache is cut to its last half, which is read by the short factors if it fits; grown beyond the original
+    context, it is read again, with nothing that was cut: token by token the same as that rule spelled out."""
+    model = build(rope_scaling=dataclasses.replace(LONGROPE, original_context=original))
+    text = ids(5).tolist()
+    view = list(text)
+    for _ in range(3 * CONTEXT):
+        if len(view) > CONTEXT:
+            view = view[-(CONTEXT // 2) :]
+        text.append(model(torch.tensor([view]))[0, -1].argmax().item())
+        view.append(text[-1])
+    assert generate(model, text[:5], 3 * CONTEXT) == text[5:]
+
+
 @torch.no_grad()
 def test_keeping_the_short_keys_would_write_something_else(monkeypatch):
     """The negative control of the test above."""
