@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanomai.architecture import MoEConfig
 from nanomai.config import Config, ModelConfig
 from nanomai.config_file import CONFIG_FOLDER, load_config, replace
 from nanomai.model import Transformer, build_model
@@ -136,6 +137,25 @@ UNCOUNTED = {
 def test_what_no_count_can_see(name):
     m = config_of(name).model
     assert (m.rope_theta, m.turned_dim, m.sliding_window, m.context_length, m.norm_eps) == UNCOUNTED[name]
+
+
+# Nor these settings of routers and of what balances them; those that are not named are at their defaults.
+DEEPSEEK = {"router": "sigmoid", "n_groups": 8, "groups_per_token": 4, "weight_scale": 2.5, "balance_loss": 1e-4}
+MAI = {"router": "sigmoid", "z_loss": 1e-4, "bias_speed": 0.001}
+ROUTERS = {
+    "phi-3.5-moe": {"router": "sparsemixer", "jitter": 0.01},
+    "mixtral-8x7b": {"router": "softmax", "balance_loss": 0.001},
+    "gpt4-rumour": {"router": "softmax", "balance_loss": 0.01},
+    "deepseek-v3": DEEPSEEK | {"bias_speed": 0.001}, "deepseek-v3-final": DEEPSEEK,
+    "mai-1-moe": MAI, "mai-1-moe-128k": MAI,
+}
+COUNTED = ("n_experts", "experts_per_token", "d_expert", "n_shared_experts", "n_dense_layers")
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers(name):
+    moe = config_of(name).model.moe
+    assert moe == MoEConfig(**{size: getattr(moe, size) for size in COUNTED} | ROUTERS[name])
 
 
 def test_nano_moe_is_as_large_as_nano_to_a_token():
