@@ -4,31 +4,21 @@ import dataclasses
 
 import pytest
 import torch
+from random_model import CONTEXT, TINY, V, greedy, ids, random_model
 
-from nanomai.architecture import ModelConfig, SparseAttention
+from nanomai.architecture import SparseAttention
 from nanomai.masks import attention_mask, block_sparse_mask, causal_mask, training_mask
-from nanomai.model import Transformer, build_model
+from nanomai.model import Transformer
 from nanomai.sampling import KVCache, generate
 
-V, CONTEXT = 53, 24
-TINY = ModelConfig(n_layers=3, d_model=24, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=40, vocab_size=V,
-                   context_length=CONTEXT, sparse=SparseAttention(block=3, local_blocks=2, vertical_stride=3))
+MIXED = dataclasses.replace(TINY, n_layers=3, sparse=SparseAttention(block=3, local_blocks=2, vertical_stride=3))
 SPARSE = {  # heads, block, local blocks, vertical stride
     "phi-3-small": (4, 2, 3, 8), "more heads than the stride": (5, 2, 1, 3), "local alone": (2, 4, 2, 0),
     "all columns": (2, 3, 1, 1), "one block": (3, 32, 1, 2), "blocks of one": (2, 1, 4, 4)}
 
 
 def build(**changes) -> Transformer:
-    model, draw = build_model(dataclasses.replace(TINY, **changes)).double(), torch.Generator().manual_seed(1)
-    model.compute_dtype = torch.float64
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=draw), alpha=0.3)
-    return model.eval()
-
-
-def ids(*shape, seed=0) -> torch.Tensor:
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+    return random_model(dataclasses.replace(MIXED, **changes))
 
 
 def sparse_loop(queries, keys, n_heads: int, block: int, local: int, stride: int) -> torch.Tensor:
@@ -93,10 +83,10 @@ def test_attention_mask(window):
 
 
 def test_which_layers_are_sparse():
-    assert [TINY.is_sparse(i) for i in range(3)] == [True, False, True]
-    every = dataclasses.replace(TINY, sparse=dataclasses.replace(TINY.sparse, dense_every=3))
+    assert [MIXED.is_sparse(i) for i in range(3)] == [True, False, True]
+    every = dataclasses.replace(MIXED, sparse=dataclasses.replace(MIXED.sparse, dense_every=3))
     assert [every.is_sparse(i) for i in range(3)] == [True, True, False]
-    assert not any(dataclasses.replace(TINY, sparse=SparseAttention()).is_sparse(i) for i in range(3))
+    assert not any(TINY.is_sparse(i) for i in range(3))
 
 
 def reached(model: Transformer, x: torch.Tensor, at: int, **options) -> set[int]:
@@ -136,14 +126,9 @@ def test_cached_is_uncached(chunks):
     torch.testing.assert_close(cached, model(x))
 
 
-@torch.no_grad()
 def test_generation_is_that_without_a_cache():
     """One prompt, and several of different lengths, padded on the left."""
-    model, prompts, expected = build(), [ids(n, seed=n).tolist() for n in (2, 9, 5)], []
-    for prompt in prompts:
-        text = list(prompt)
-        for _ in range(12):
-            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
-        expected.append(text[len(prompt) :])
+    model, prompts = build(), [ids(n, seed=n).tolist() for n in (2, 9, 5)]
+    expected = [greedy(model, prompt, 12) for prompt in prompts]
     assert generate(model, prompts[0], 12) == expected[0]
     assert generate(model, prompts, 12) == expected

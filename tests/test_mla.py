@@ -6,35 +6,22 @@ import re
 
 import pytest
 import torch
+from random_model import CONTEXT, TINY, V, greedy, ids, random_model
 
 from nanomai import ops
 from nanomai.architecture import ConfigError, MLAConfig, ModelConfig
 from nanomai.mla import LatentAttention
-from nanomai.model import Transformer, build_model
+from nanomai.model import build_model
 from nanomai.sampling import KVCache, generate
 
-V, CONTEXT = 53, 24
-TINY = ModelConfig(n_layers=2, d_model=24, n_heads=4, n_kv_heads=4, head_dim=10, d_ff=40, vocab_size=V,
-                   context_length=CONTEXT, mla=MLAConfig(kv_rank=8, q_rank=12, rope_dim=4, v_dim=6))
+LATENT = dataclasses.replace(TINY, n_kv_heads=4, head_dim=10,
+                             mla=MLAConfig(kv_rank=8, q_rank=12, rope_dim=4, v_dim=6))
 KINDS = {"latent queries": {}, "plain queries": {"q_rank": 0}, "wide values": {"v_dim": 14},
          "all turned": {"rope_dim": 10}}
 
 
 def config(**mla) -> ModelConfig:
-    return dataclasses.replace(TINY, mla=dataclasses.replace(TINY.mla, **mla))
-
-
-def build(c: ModelConfig = TINY) -> Transformer:
-    model, draw = build_model(c).double(), torch.Generator().manual_seed(1)
-    model.compute_dtype = torch.float64
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=draw), alpha=0.3)
-    return model.eval()
-
-
-def ids(*shape, seed=0) -> torch.Tensor:
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+    return dataclasses.replace(LATENT, mla=dataclasses.replace(LATENT.mla, **mla))
 
 
 def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -74,7 +61,7 @@ def definition(a: LatentAttention, x: torch.Tensor) -> torch.Tensor:
 def test_the_definition(kind, limit, monkeypatch):
     monkeypatch.setattr(ops, "EXPLICIT_SCORES_LIMIT", limit)
     c = config(**KINDS[kind])
-    attention = build(c).blocks["0"].attention
+    attention = random_model(c).blocks["0"].attention
     x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = attention(x, ops.rotary_table(torch.arange(9), c.mla.rope_dim, 10_000.0, torch.float64), None)
     z = torch.stack([definition(attention, row) for row in x])
@@ -87,7 +74,7 @@ def test_the_definition(kind, limit, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64_gradients_against_differences(kind):
     """Of the whole model, every parameter, along one random direction."""
-    model, x = build(config(**KINDS[kind])), ids(1, 5)
+    model, x = random_model(config(**KINDS[kind])), ids(1, 5)
     named = dict(model.named_parameters())
     gradients = torch.autograd.grad(model(x, x), [*named.values()])
     for i, ((name, p), gradient) in enumerate(zip(named.items(), gradients, strict=True)):
@@ -101,21 +88,15 @@ def test_float64_gradients_against_differences(kind):
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 1, 5], [12]], ids=str)
 @torch.no_grad()
 def test_cached_is_uncached(kind, chunks):
-    model, x = build(config(**KINDS[kind])), ids(3, 12)
+    model, x = random_model(config(**KINDS[kind])), ids(3, 12)
     cache = KVCache(model, 3, CONTEXT)
     cached = torch.cat([model(part, cache=cache) for part in x.split(chunks, dim=1)], dim=1)
     torch.testing.assert_close(cached, model(x))
 
 
-@torch.no_grad()
 def test_generation_is_that_without_a_cache():
-    model, prompts, expected = build(), [ids(n, seed=n).tolist() for n in (2, 9, 5)], []
-    for prompt in prompts:
-        text = list(prompt)
-        for _ in range(10):
-            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
-        expected.append(text[len(prompt) :])
-    assert generate(model, prompts, 10) == expected
+    model, prompts = random_model(LATENT), [ids(n, seed=n).tolist() for n in (2, 9, 5)]
+    assert generate(model, prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +124,7 @@ def test_counts(kind):
 
 
 def test_documents_are_alone():
-    model, x, documents = build(), ids(1, 11), torch.tensor([[0] * 5 + [1] * 6])
+    model, x, documents = random_model(LATENT), ids(1, 11), torch.tensor([[0] * 5 + [1] * 6])
     changed = x.clone()
     changed[:, :5] = (changed[:, :5] + 1) % V
     before, after = (model(i, document_ids=documents) for i in (x, changed))
@@ -152,7 +133,7 @@ def test_documents_are_alone():
 
 
 def test_a_compiled_block_is_the_eager_one():
-    model = build()
+    model = random_model(LATENT)
     block, rotary = model.blocks["0"], model._enter(ids(2, 8), None, None)[1]
     x = torch.randn(2, 8, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     wanting = [x, *block.parameters()]
@@ -171,7 +152,7 @@ def test_what_it_cannot_be_put_together_with(changes):
     message = ("latent attention turns by rope and has no groups (n_kv_heads = n_heads), window, biases, qk_norm, "
                "rotary_dim or attention_scale here")
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") as caught:
-        dataclasses.replace(TINY, **changes)
+        dataclasses.replace(LATENT, **changes)
     assert caught.value.field == "model.mla.kv_rank"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from random_model import random_model
 from tiny_run import curve, write_tiny
 from tiny_run import tiny as tiny_run
 
@@ -58,13 +59,8 @@ def ids(b=3, t=11) -> torch.Tensor:
 
 
 def shaken(config: ModelConfig) -> Transformer:
-    """A model that does something, in float64."""
-    model = build_model(config).double()
-    model.compute_dtype = torch.float64
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.add_(randn(*p.shape, seed=i), alpha=0.3)
-    return model
+    """A model that does something, in float64, in training."""
+    return random_model(config).train()
 
 
 def layer(config: ModelConfig, seed=0) -> MoE:
