@@ -8,6 +8,7 @@ K `head_dim`, F `d_ff`, L `n_layers`, V `vocab_size`, E `moe.n_experts`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -182,6 +183,11 @@ def _faults(c: ModelConfig):
     if s.kind != "none" and not 0 < s.original_context <= c.context_length:
         yield (f"original_context {s.original_context} must lie above 0, up to context_length {c.context_length}",
                "rope_scaling.original_context")
+    if s.kind in ("llama3", "yarn") and not 0 < s.low_frequency < s.high_frequency < math.inf:
+        yield (f"low_frequency {s.low_frequency} must lie above 0, below high_frequency {s.high_frequency}",
+               "rope_scaling.low_frequency")
+    if s.kind == "yarn" and c.rope_theta <= 1:
+        yield f"rope_theta {c.rope_theta} must be above 1 for yarn: it counts the pairs from fast to slow", "rope_theta"
     if s.kind == "longrope" and s.attention_factor is None and s.original_context < 2:
         yield "an original_context of 1 needs an attention_factor", "rope_scaling.attention_factor"
     if s.kind == "longrope" and {len(s.short_factors), len(s.long_factors)} != {pairs}:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from nanomai import ops
+from nanomai import ops, rope
 from nanomai.architecture import ModelConfig
 from nanomai.layers import Linear, Part, RMSNorm
 
@@ -22,6 +22,7 @@ class LatentAttention(Part):
         super().__init__()
         d, h, self.mla = config.d_model, config.n_heads, config.mla
         self.n_heads, self.plain_dim = h, config.head_dim - self.mla.rope_dim
+        self.q_scale = rope.latent_factor(config)
         if self.mla.q_rank:
             self.wq_down = Linear(d, self.mla.q_rank, bias=False)
             self.q_norm = RMSNorm(self.mla.q_rank, config.norm_eps)
@@ -36,6 +37,8 @@ class LatentAttention(Part):
         latent = self.q_norm(self.wq_down(x)) if self.mla.q_rank else x
         q = rearrange(self.wq(latent), "b t (h k) -> b h t k", h=self.n_heads)  # (B, H, T, K)
         q = torch.cat((q[..., :plain], ops.rotary(q[..., plain:], *rotary)), dim=-1)
+        if self.q_scale != 1:
+            q = q * self.q_scale
         latent, shared = self.wkv_down(x)[:, None].split((self.mla.kv_rank, turned), dim=-1)
         latent, shared = self.kv_norm(latent), ops.rotary(shared, *rotary)  # (B, 1, T, R), (B, 1, T, P)
         if cache is not None:

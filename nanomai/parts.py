@@ -29,22 +29,30 @@ def positive(section, path: str, names: str) -> None:
 class RopeScaling:
     """How rotary positions are stretched over contexts longer than the first training's; see `rope.py`."""
 
-    kind: Literal["none", "linear", "ntk", "llama3", "longrope"] = "none"
-    """linear (arXiv 2306.15595), ntk (a larger theta), llama3 (by wavelength), longrope (arXiv 2402.13753)."""
+    kind: Literal["none", "linear", "ntk", "llama3", "yarn", "longrope"] = "none"
+    """linear (arXiv 2306.15595), ntk (a larger theta), llama3 (by wavelength), yarn (arXiv 2309.00071), longrope (arXiv
+    2402.13753)."""
     original_context: int = 0
     """The context of the first training, in tokens."""
     factor: float = 1.0
-    """How many times longer; linear, ntk and llama3."""
+    """How many times longer; all but longrope."""
     low_frequency: float = 1.0
-    """llama3: waves that turn less often than this in the original context are stretched by the whole factor."""
+    """llama3, yarn: waves that turn less often than this in the original context are stretched by the whole factor."""
     high_frequency: float = 4.0
-    """llama3: waves that turn more often stay; between the two the stretch is interpolated."""
+    """llama3, yarn (32 in its paper): waves that turn more often stay; between the two the stretch is interpolated."""
+    whole_pairs: bool = True
+    """yarn: the ramp between the two begins and ends at a pair, rounded outwards."""
+    mscale: float = 0.0
+    """yarn: cosine and sine are multiplied by m(mscale) / m(mscale_all_dim), where m(x) = 1 + 0.1 x ln factor ..."""
+    mscale_all_dim: float = 0.0
+    """... or by m(1) if one of the two is 0. The scores of latent attention are multiplied by m(mscale_all_dim)^2."""
     short_factors: tuple[float, ...] = ()
     """longrope, one for each pair: of the wavelengths while the text fits into the original context."""
     long_factors: tuple[float, ...] = ()
     """longrope, one for each pair: beyond it."""
     attention_factor: float | None = None
-    """longrope: multiplies cosine and sine; None: sqrt(1 + ln s / ln original), s = context_length / original."""
+    """longrope, yarn: multiplies cosine and sine; None: as above, and in longrope sqrt(1 + ln s / ln original), s being
+    context_length / original."""
 
 
 @dataclass(frozen=True)

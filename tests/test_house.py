@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "layers": "architecture ops",
     "grouped": "kernels ops triton_kernels",
     "moe": "architecture grouped layers ops",
-    "mla": "architecture layers ops",
+    "mla": "architecture layers ops rope",
     "model": "architecture kernels layers masks mla moe ops rope",
     "tokenizer": "files",
     "corpus": "config",

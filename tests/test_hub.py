@@ -281,7 +281,11 @@ FAULTS = {
     "no class": (settings_changed(architectures=None), "architecture None is not known; there are Llama"),
     "other activation": (settings_changed(hidden_act="relu"), "hidden_act is 'relu', and nanomai has 'silu' only"),
     "quantised": (settings_changed(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
-    "yarn": (settings_changed(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not one of default"),
+    "another rotation": (settings_changed(rope_parameters={"rope_type": "dynamic"}),
+                         "rope_type 'dynamic' is not one of default"),
+    "no factor": (settings_changed(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' needs a factor"),
+    "a ramp from nowhere": (settings_changed(rope_parameters={"rope_type": "yarn", "factor": 4, "beta_slow": 0}),
+                            "low_frequency 0.0 must lie above 0"),
     "no size": (settings_changed(hidden_size=None), "config.json: hidden_size is missing"),
     "words": (settings_changed(num_hidden_layers="two"), "config.json: model.n_layers: 'two' is not a whole number"),
     "negative": (settings_changed(intermediate_size=-8), "model.d_ff: d_ff -8 must be above 0"),
@@ -388,6 +392,27 @@ def test_settings_as_transformers_4_wrote_them():
     old["rope_scaling"]["long_mscale"] = 1.3
     with pytest.raises(HubError, match=r"short_mscale 1.243 and long_mscale 1.3 must be alike"):
         config_of(old)
+
+
+def test_yarn_as_deepseek_v3_writes_it():
+    """In config.json's first form; what is left out means what it means in transformers, and nothing is lost."""
+    theirs = reference("deepseek-v3").config.to_dict()
+    given = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+             "original_max_position_embeddings": 4096}
+    old = {key: value for key, value in theirs.items() if key != "rope_parameters"} | {
+        "architectures": ["DeepseekV3ForCausalLM"], "max_position_embeddings": 163840, "rope_theta": 10000}
+    _, config = config_of(old | {"rope_scaling": given})
+    scaling = config.rope_scaling
+    assert (scaling.kind, scaling.factor, scaling.original_context) == ("yarn", 40, 4096)
+    assert (scaling.low_frequency, scaling.high_frequency, scaling.mscale, scaling.mscale_all_dim) == (1, 32, 1, 1)
+    written = settings_of(config)
+    assert written["architectures"] == ["DeepseekV3ForCausalLM"] and config_of(written)[1] == config
+    del given["type"]
+    assert written["rope_parameters"] == given | {"rope_type": "yarn", "rope_theta": 1e4, "truncate": True}
+    assert (written["rope_scaling"], written["rope_theta"]) == (written["rope_parameters"], 1e4)
+    few = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40, "beta_fast": None, "mscale": 1.0,
+           "mscale_all_dim": 1.0}
+    assert config_of(old | {"original_max_position_embeddings": 4096, "rope_parameters": few})[1] == config
 
 
 def test_names_without_their_first_word(tmp_path):

@@ -17,6 +17,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from nanomai import moe, ops
+from nanomai import rope as positions
+from nanomai.architecture import RopeScaling
 from nanomai.config_file import config_from_dict
 from nanomai.hub.families import FAMILIES, links
 from nanomai.hub.settings import config_of
@@ -49,6 +51,12 @@ def llama3(original):
                 original_max_position_embeddings=original)
 
 
+def yarn(original, **more):
+    """Betas with which the ramp reaches over most of a few pairs."""
+    return rope("yarn", 100.0, **{"factor": 4.0, "beta_fast": 1.5, "beta_slow": 0.1,
+                                  "original_max_position_embeddings": original} | more)
+
+
 PHI = SIZES | {"num_key_value_heads": 4, "intermediate_size": 44, "hidden_size": 40}
 PHIMOE = SIZES | {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.1}
 ALL_COMPETE = {"router_jitter_noise": 1.0}
@@ -68,9 +76,14 @@ CASES = {  # 19 tokens long: beyond the windows, and beyond an original context 
     "llama-tied": ("LlamaForCausalLM", SIZES | {"tie_word_embeddings": True}),
     "llama-biases": ("LlamaForCausalLM", SIZES | {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": ("LlamaForCausalLM", SIZES | rope("linear", factor=3.0)),
+    "llama-yarn": ("LlamaForCausalLM", SIZES | {"head_dim": 16} | yarn(12)),
+    "llama-yarn-between": ("LlamaForCausalLM", SIZES | {"head_dim": 16} | yarn(
+        12, truncate=False, attention_factor=1.3)),
     "mistral": ("MistralForCausalLM", SIZES | {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 5}),
     "mixtral": ("MixtralForCausalLM", SIZES | {"num_local_experts": 5}),
     "deepseek-v3": ("DeepseekV3ForCausalLM", LATENT),
+    "deepseek-v3-yarn": ("DeepseekV3ForCausalLM", LATENT | {"qk_rope_head_dim": 8} | yarn(
+        12, factor=40.0, mscale=0.7, mscale_all_dim=1.0)),
     "deepseek-v3-straight": ("DeepseekV3ForCausalLM", LATENT | {"q_lora_rank": None}),
 }
 T = 19
@@ -268,7 +281,7 @@ def test_bfloat16_is_as_near_to_float64_as_theirs(case):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["gpt2", "phi-3-long", "mistral", "mixtral", "deepseek-v3"])
+@pytest.mark.parametrize("case", ["gpt2", "phi-3-long", "mistral", "mixtral", "deepseek-v3", "deepseek-v3-yarn"])
 def test_twenty_steps_of_fine_tuning_follow_theirs(case):
     """The same loss step for step; they drop nothing out, and choose experts without drawing."""
     losses = []
@@ -320,6 +333,11 @@ SETTINGS = [
     ("llama-3.1", {"rope_scaling.high_frequency": 5.0}), ("llama-3.1", {"rope_scaling.kind": "linear"}),
     ("deepseek-v3", {"moe.n_groups": 1, "moe.groups_per_token": 1}), ("deepseek-v3", {"moe.groups_per_token": 3}),
     ("deepseek-v3", {"moe.weight_scale": 1.0}), ("llama-2", {"logit_scale": 1.001}),
+    ("llama-yarn", {"rope_scaling.kind": "llama3"}), ("llama-yarn", {"rope_scaling.whole_pairs": False}),
+    ("llama-yarn", {"rope_scaling.attention_factor": 1.0}), ("llama-yarn", {"rope_scaling.low_frequency": 1.0}),
+    ("llama-yarn-between", {"rope_scaling.attention_factor": None}),
+    ("deepseek-v3-yarn", {"rope_scaling.mscale": 0.0}), ("deepseek-v3-yarn", {"rope_scaling.mscale": 1.0}),
+    ("deepseek-v3-yarn", {"rope_scaling.original_context": 20}),
 ]
 
 
@@ -386,6 +404,26 @@ def one_softmax(route):
     return changed_route
 
 
+def reversed_ramp(frequencies):
+    """What should stay is stretched, and what should be stretched stays."""
+    def changed_frequencies(config, *rest):
+        plain = dataclasses.replace(config, rope_scaling=RopeScaling())
+        return frequencies(plain, *rest) * (1 + 1 / config.rope_scaling.factor) - frequencies(config, *rest)
+    return changed_frequencies
+
+
+def betas_swapped(model, monkeypatch):
+    """Past the check of settings, which refuses it."""
+    scaling = model.config.rope_scaling
+    swapped = {"low_frequency": scaling.high_frequency, "high_frequency": scaling.low_frequency}
+    vars(scaling).update(swapped)
+
+
+def no_mscale(model, monkeypatch):
+    for block in model.blocks.values():
+        block.attention.q_scale = 1.0
+
+
 def mistake_of_router(kind, make):
     return lambda model, monkeypatch: monkeypatch.setitem(moe.ROUTERS, kind, make(moe.ROUTERS[kind]))
 
@@ -407,6 +445,9 @@ DEEDS = {
     "the selection bias in the weights": ("deepseek-v3", mistake_of_router("sigmoid", biased_weights)),
     "no selection bias": ("deepseek-v3", mistake_of_router("sigmoid", unbiased)),
     "one softmax for both experts": ("phi-3.5-moe", mistake_of_router("sparsemixer", one_softmax)),
+    "a ramp that is reversed": ("deepseek-v3-yarn", another(positions, "frequencies", reversed_ramp)),
+    "fast and slow swapped": ("llama-yarn", betas_swapped),
+    "no mscale in the scores": ("deepseek-v3-yarn", no_mscale),
     "no gradient through the gate": ("llama-2", another(ops, "swiglu", lambda f: lambda g, u, impl: f(g.detach(), u))),
     "no gradient to the scores": ("mixtral", mistake_of_router("softmax", lambda f: lambda logits, *rest: f(
         logits.detach(), *rest))),

@@ -78,6 +78,26 @@ def test_llama_3_stretches_by_wavelength(low, high):
     assert kinds == {"kept", "stretched", "between"}
 
 
+@pytest.mark.parametrize("original, whole, fast, slow", [
+    (4096, True, 32.0, 1.0), (4096, False, 32.0, 1.0), (1024, True, 9.0, 0.5), (7, True, 32.0, 1.0)])
+def test_yarn_is_a_ramp_over_pairs(original, whole, fast, slow):
+    config = scaled("yarn", factor=40.0, original_context=original, low_frequency=slow, high_frequency=fast,
+                    whole_pairs=whole)
+    got = frequencies(config)
+
+    def pair(turns):
+        """Where a wave makes so many turns: theta^(-pair / 32) original = 2 pi turns."""
+        return 32 * math.log(original / (2 * math.pi * turns)) / math.log(5e5)
+
+    first, last = max(pair(fast), 0), pair(slow)
+    if whole:
+        first, last = math.floor(first), math.ceil(last)
+    for i, (f, g) in enumerate(zip(PLAIN, got, strict=True)):
+        kept = 1.0 if i <= first else 0.0 if i >= last else (last - i) / (last - first)
+        assert g == pytest.approx(kept * f + (1 - kept) * f / 40)
+    assert got[0] == 1.0 and got[-1] == pytest.approx(PLAIN[-1] / 40)
+
+
 def test_longrope_takes_short_factors_up_to_the_original_context_and_long_ones_beyond():
     short, long = [1 + i / 10 for i in range(32)], [2.0 + i for i in range(32)]
     config = scaled("longrope", short_factors=tuple(short), long_factors=tuple(long))
@@ -88,7 +108,7 @@ def test_longrope_takes_short_factors_up_to_the_original_context_and_long_ones_b
     assert not rope.beyond(scaled("linear"), 8192)
 
 
-@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3", "longrope"])
+@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3", "yarn", "longrope"])
 def test_frequencies_have_the_dtype_and_length_asked_for(kind):
     for dtype in (torch.float32, torch.float64):
         f = rope.frequencies(scaled(kind), 1, "cpu", dtype)
@@ -103,6 +123,21 @@ def test_attention_factor():
     assert rope.attention_factor(scaled("longrope", context=1024)) == 1.0, "no longer than before"
     for kind in ("none", "linear", "ntk", "llama3"):
         assert rope.attention_factor(scaled(kind)) == 1.0
+
+
+def test_factors_of_yarn():
+    m = 0.1 * math.log(40) + 1
+    assert m == pytest.approx(1.36889, abs=5e-6)
+    for mscales, table, scores in (({}, m, 1), ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1, m * m),
+                                   ({"mscale": 0.5}, m, 1), ({"mscale_all_dim": 1.0}, m, m * m),
+                                   ({"mscale": 1.0, "mscale_all_dim": 0.5}, m / (0.5 + m / 2), (0.5 + m / 2) ** 2),
+                                   ({"attention_factor": 1.3, "mscale": 1.0, "mscale_all_dim": 1.0}, 1.3, m * m)):
+        config = scaled("yarn", factor=40.0, **mscales)
+        assert rope.attention_factor(config) == pytest.approx(table), mscales
+        assert rope.latent_factor(config) == pytest.approx(scores), mscales
+    shorter = scaled("yarn", factor=0.5, mscale=1.0, mscale_all_dim=2.0)
+    assert (rope.attention_factor(shorter), rope.latent_factor(shorter)) == (1.0, 1.0), "no longer than before"
+    assert rope.latent_factor(scaled("llama3", factor=40.0, mscale_all_dim=1.0)) == 1.0
 
 
 # --- inside the model
@@ -126,7 +161,7 @@ def test_which_factors_a_text_meets():
     assert not torch.allclose(model(x)[:, :-1], model(x[:, :-1]))
 
 
-@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3"])
+@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "llama3", "yarn"])
 def test_scores_stay_relative(kind):
     """One layer alone sees distances: a text at other positions gives the same."""
     config = dataclasses.replace(QUICK, n_layers=1) if kind == "none" else dataclasses.replace(
@@ -156,7 +191,8 @@ def test_partial_rotation_leaves_the_rest_of_a_head_where_it_is():
 
 SCALINGS = {"linear": RopeScaling("linear", original_context=ORIGINAL, factor=3.0),
             "ntk": RopeScaling("ntk", original_context=ORIGINAL, factor=3.0),
-            "llama3": RopeScaling("llama3", original_context=ORIGINAL, factor=3.0), "longrope": LONGROPE}
+            "llama3": RopeScaling("llama3", original_context=ORIGINAL, factor=3.0),
+            "yarn": RopeScaling("yarn", original_context=ORIGINAL, factor=3.0), "longrope": LONGROPE}
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -221,6 +257,12 @@ ERRORS = [
      "dense_every and local_blocks must be at least 1, and sliding_window null", "sparse.dense_every"),
     ({"rope_scaling": dataclasses.replace(LONGROPE, original_context=1, attention_factor=None)},
      "an original_context of 1 needs an attention_factor", "rope_scaling.attention_factor"),
+    ({"rope_scaling": RopeScaling("yarn", 8, 3.0, low_frequency=32.0, high_frequency=1.0)},
+     "low_frequency 32.0 must lie above 0, below high_frequency 1.0", "rope_scaling.low_frequency"),
+    ({"rope_scaling": RopeScaling("llama3", 8, 3.0, low_frequency=4.0)},
+     "low_frequency 4.0 must lie above 0, below high_frequency 4.0", "rope_scaling.low_frequency"),
+    ({"rope_scaling": RopeScaling("yarn", 8, 3.0), "rope_theta": 1.0},
+     "rope_theta 1.0 must be above 1 for yarn: it counts the pairs from fast to slow", "rope_theta"),
     ({"rotary_dim": 5}, "rotary_dim 5 is odd; rotary positions turn pairs of numbers", "rotary_dim"),
     ({"rotary_dim": 8}, "8 numbers of a head are to be turned and it has 6", "rotary_dim"),
     ({"rotary_dim": -2}, "-2 numbers of a head are to be turned and it has 6", "rotary_dim"),

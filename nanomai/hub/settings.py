@@ -70,13 +70,15 @@ _SCALINGS = {  # their rope_type: their numbers and ours
     "default": {},
     "linear": {"factor": "factor"},
     "llama3": {"factor": "factor", "low_freq_factor": "low_frequency", "high_freq_factor": "high_frequency"},
+    "yarn": {"factor": "factor", "beta_slow": "low_frequency", "beta_fast": "high_frequency", "mscale": "mscale",
+             "mscale_all_dim": "mscale_all_dim", "attention_factor": "attention_factor", "truncate": "whole_pairs"},
     "longrope": {"short_factor": "short_factors", "long_factor": "long_factors",
                  "attention_factor": "attention_factor"}}
 
 
 def _read_rope(family: Family, settings: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings: in `rope_parameters` since transformers 5, beside `rope_scaling` before."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    """Rotary settings: in `rope_parameters` since transformers 5, beside `rope_scaling` before, which goes first."""
+    given = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise HubError(f"rope_parameters must be a mapping, not {given!r}")
     given = {key: settings[key] for key in ("rope_theta", "partial_rotary_factor") if key in settings} | given
@@ -94,7 +96,11 @@ def _read_rope(family: Family, settings: dict[str, Any], flat: dict[str, Any]) -
         return found
     key = "original_max_position_embeddings"  # where it stands in both places, transformers takes the outer one
     original = settings.get(key, given.get(key, flat["context_length"]))
+    if "factor" in _SCALINGS[kind] and given.get("factor") is None:
+        raise HubError(f"rope_type {kind!r} needs a factor")
     scaling = {"kind": kind, "original_context": original}
+    if kind == "yarn":
+        scaling["high_frequency"] = 32.0  # what transformers takes where beta_fast is left out
     scaling |= {ours: given[theirs] for theirs, ours in _SCALINGS[kind].items() if given.get(theirs) is not None}
     if kind == "longrope" and "attention_factor" not in scaling:
         _attention_factor(given, original, scaling)
@@ -144,10 +150,13 @@ def _settings(family: Family, config: ModelConfig) -> dict[str, Any]:
     if family.partial:
         parameters["partial_rotary_factor"] = config.turned_dim / config.head_dim
     if scaling.kind != "none":
-        numbers = _SCALINGS.get(scaling.kind, {}).items()
-        parameters |= {theirs: getattr(scaling, ours) for theirs, ours in numbers}
+        numbers = {theirs: getattr(scaling, ours) for theirs, ours in _SCALINGS.get(scaling.kind, {}).items()}
+        parameters |= {theirs: number for theirs, number in numbers.items() if number is not None}
         settings["original_max_position_embeddings"] = scaling.original_context
         parameters["rope_type"] = scaling.kind
+    if scaling.kind in ("llama3", "yarn"):  # the form before transformers 5 is the same mapping
+        parameters["original_max_position_embeddings"] = scaling.original_context
+        settings |= {"rope_theta": config.rope_theta, "rope_scaling": parameters}
     if scaling.kind == "longrope":
         parameters["attention_factor"] = rope.attention_factor(config)
         if family.mscale:
