@@ -75,6 +75,7 @@ PHASES = {
     "orca-13b-gpt4": ("orca-13b", set()),
     "llama-3.1-405b-8k": ("llama-3.1-405b", LONGER),
     "deepseek-v3-final": ("deepseek-v3", {"moe"}),
+    "deepseek-v3-128k": ("deepseek-v3", LONGER | {"moe"}),
     "mai-1-dense-128k": ("mai-1-dense", LONGER),
     "mai-1-moe-128k": ("mai-1-moe", LONGER),
 }
