@@ -329,6 +329,65 @@ def test_a_fault_is_one_line_and_leaves_nothing(fault, copied, tmp_path, capsys)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.fixture
+def quantised(tmp_path):
+    """A folder as DeepSeek-V3's is: matrices of the layers in fp8, and the numbers that they stand for."""
+    torch.manual_seed(0)
+    settings = CASES["deepseek-v3-yarn"][1] | {"vocab_size": 257, "hidden_size": 144, "kv_lora_rank": 270}
+    hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**settings)).save_pretrained(tmp_path / "in")
+    write_tokenizer(get_tokenizer("bytes"), tmp_path / "in", 32)
+    stored, meant = {}, load_file(tmp_path / "in" / "model.safetensors")
+    for name, weight in list(meant.items()):
+        stored[name] = weight
+        if "_proj" in name:
+            rows, columns = (torch.arange(n) // 128 for n in weight.shape)  # of which block
+            scales = torch.tensor([[weight[rows == r][:, columns == c].abs().max() / 448 for c in columns.unique()]
+                                   for r in rows.unique()])
+            each = scales[rows[:, None], columns]
+            stored[name] = (weight / each).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scales
+            meant[name] = stored[name].float() * each
+    save_file(stored, tmp_path / "in" / "model.safetensors")
+    spoil(tmp_path / "in", "config.json", lambda settings: settings.update(quantization_config={
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}))
+    return tmp_path / "in", meant
+
+
+def test_fp8_is_read_as_the_numbers_that_it_stands_for(quantised, tmp_path):
+    folder, meant = quantised
+    scales = load_file(folder / "model.safetensors")["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"]
+    assert scales.shape == (3, 2), "278 x 144 numbers: the last blocks are cut"
+    assert cli.main(["import", str(folder), str(tmp_path / "run")]) == 0
+    model, _, _ = nanomai.load_run(tmp_path / "run")
+    to_hf(model, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == meant.keys() and all(torch.equal(written[name], meant[name]) for name in meant)
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+QUANTISED = {
+    "no scales": (tensors_changed(lambda t: t.pop(f"{DOWN}_scale_inv")), f"tensor '{DOWN}_scale_inv' is missing"),
+    "other blocks": (put(f"{DOWN}_scale_inv", lambda t: t.repeat(2, 1)),
+                     "has shape (4, 1), and config.json means (2, 1)"),
+    "scales of nothing": (put(DOWN, torch.Tensor.float), f"tensor '{DOWN}_scale_inv' has no place"),
+    "another fp8": (put(DOWN, lambda t: t.to(torch.float8_e5m2)), f"tensor '{DOWN}_scale_inv' has no place"),
+    "whole numbers": (put(f"{DOWN}_scale_inv", torch.Tensor.int), "is I32; nanomai reads BF16, F16, F32, F64"),
+    "not finite": (put(f"{DOWN}_scale_inv", lambda t: t / 0), f"tensor '{DOWN}' holds numbers that are not finite"),
+    "not said": (settings_changed(quantization_config=None), "has no place in this architecture"),
+    "another size": (settings_changed(quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]}),
+                     "quantization_config is {'quant_method': 'fp8', 'weight_block_size': [64, 64]}, and nanomai has"),
+}
+
+
+@pytest.mark.parametrize("fault", QUANTISED)
+def test_a_fault_of_fp8_is_one_line(fault, quantised):
+    plant, message = QUANTISED[fault]
+    plant(quantised[0])
+    with pytest.raises(HubError) as caught:
+        read_model(quantised[0])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_what_stands_there_stays(copied, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")

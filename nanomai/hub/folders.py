@@ -34,6 +34,8 @@ from nanomai.tokenizer import Tokenizer
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5 * 2**30
 FLOATS = {"F64", "F32", "F16", "BF16"}
+# DeepSeek-V3's fp8: a matrix has a scale for each block of 128 x 128 of its numbers, in a tensor beside it.
+FP8, BLOCK, FP8_SETTINGS = "F8_E4M3", 128, {"quant_method": "fp8", "weight_block_size": [128, 128]}
 # Tensors that older versions saved and that hold no weights: tables of rotations, and GPT-2's triangles.
 IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
 
@@ -129,6 +131,10 @@ class _Source:
         self.files = [_open(folder / name) for name in self._names()]
         self.place = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 (no mapping)
         settings = read_json(folder / "config.json")
+        given = settings.get("quantization_config")
+        self.fp8 = isinstance(given, dict) and FP8_SETTINGS.items() <= given.items()
+        if self.fp8:
+            del settings["quantization_config"]
         self.family, self.config = config_of(settings, str(folder / "config.json"))
         # before a module is made: a file of one kilobyte must not ask for a million layers
         most = max(self.config.n_layers, self.config.moe.n_experts)
@@ -163,22 +169,30 @@ class _Source:
         for name in wanted:
             bare = name.split(".", 1)[-1]  # GPT-2's own files leave the first word out
             self.theirs[name] = bare if name not in self.place and bare in self.place else name
-        left = self.place.keys() - self.theirs.values()
+        shapes = {there: wanted[name].shape for name, there in self.theirs.items()}
+        self.scales = {name: f"{name}_scale_inv" for name in shapes
+                       if self.fp8 and name in self.place and self._header(name)[1] == FP8}
+        shapes |= {scale: tuple(-(-n // BLOCK) for n in shapes[name]) for name, scale in self.scales.items()}
+        left = self.place.keys() - shapes.keys()
         extra = sorted(name for name in left if not self._may_be_left(name))
-        missing = sorted(name for name, there in self.theirs.items() if there not in self.place)
+        missing = sorted(shapes.keys() - self.place.keys())
         for names, what in ((missing, "is missing"), (extra, "has no place in this architecture")):
             if names:
                 more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
                 raise HubError(f"{self.folder}: tensor {names[0]!r}{more} {what}")
-        for name, link in wanted.items():
-            there = self.place[self.theirs[name]].get_slice(self.theirs[name])
-            shape, dtype = tuple(there.get_shape()), there.get_dtype()
-            if shape != link.shape:
-                hint = "; it seems to be transposed" if shape == link.shape[::-1] else ""
+        for name, expected in shapes.items():
+            shape, dtype = self._header(name)
+            if shape != expected:
+                hint = "; it seems to be transposed" if shape == expected[::-1] else ""
                 raise HubError(f"{self.folder}: tensor {name!r} has shape {shape}, and config.json means "
-                               f"{link.shape}{hint}")
-            if dtype not in FLOATS:
+                               f"{expected}{hint}")
+            if dtype not in FLOATS and name not in self.scales:
                 raise HubError(f"{self.folder}: tensor {name!r} is {dtype}; nanomai reads {', '.join(sorted(FLOATS))}")
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and type of a tensor whose numbers stay in the file."""
+        there = self.place[name].get_slice(name)
+        return tuple(there.get_shape()), there.get_dtype()
 
     def _may_be_left(self, name: str) -> bool:
         beyond = f"{self.family.layers}.{self.config.n_layers}."  # DeepSeek-V3's layer that predicts a second token
@@ -188,10 +202,20 @@ class _Source:
     def copy_into(self, tensors: dict[str, Tensor]) -> None:
         """Reads the numbers of all tensors into ours."""
         for name, link in links(self.family, self.config, tensors).items():
-            tensor = self.place[self.theirs[name]].get_tensor(self.theirs[name])
+            tensor = self._read(self.theirs[name])
             if not torch.isfinite(tensor).all():
                 raise HubError(f"{self.folder}: tensor {name!r} holds numbers that are not finite")
             link.scatter(tensor)
+
+    def _read(self, name: str) -> Tensor:
+        """The numbers that a tensor stands for."""
+        tensor = self.place[name].get_tensor(name)
+        if name not in self.scales:
+            return tensor
+        scales = self.place[self.scales[name]].get_tensor(self.scales[name]).float()
+        for dim, size in enumerate(tensor.shape):  # the last block of a dimension may be cut
+            scales = scales.repeat_interleave(BLOCK, dim).narrow(dim, 0, size)
+        return tensor.float().mul_(scales)
 
 
 def _open(path: Path) -> Any:
