@@ -3,14 +3,14 @@
 #
 # **Goal.** Train a model on 64 tokens, give it 256, see it fail, find the
 # rotary pairs that fail, and stretch them: position interpolation, NTK, Llama
-# 3's rule and LongRoPE, each equal to the package.
+# 3's rule, YaRN and LongRoPE, each equal to the package.
 #
 # **Prerequisites.** `04_rope_gqa_flash` (RoPE), `07_sampling_kv_cache`.
 # **Time.** About 60 minutes; it runs in under a minute.
 #
 # **You will be able to**
 # - say which pairs meet angles beyond the context that training never showed;
-# - write four methods as one list of factors;
+# - write five methods as one list of factors;
 # - judge a method by what it finds far away *and* by what it still sees near;
 # - explain the attention factor, and why a cache dies at LongRoPE's border;
 # - work out how far a sliding window reaches, and what 128k costs at 500B.
@@ -227,7 +227,7 @@ plt.show()
 # ones tell near places apart. The slow ones change little from place to place,
 # which suits a head that looks for *content* at any distance.
 #
-# ## 4 Four methods, one list
+# ## 4 Five methods, one list
 #
 # Every method divides $\omega_i$ by a factor $\lambda_i \ge 1$, which
 # stretches that pair's wavelength. Let $s$ be the new length over the old,
@@ -240,15 +240,20 @@ plt.show()
 #   pair to $s$ for the slowest, $i = K/2 - 1$.
 # - **Llama 3**: by turns in the original context. More than 4: $\lambda = 1$.
 #   Less than 1: $\lambda = s$. Between, the frequency is a mixture.
+# - **YaRN** (DeepSeek-V3): a mixture, too, but its share falls evenly from pair
+#   to pair: from the last with 32 turns (here none has so many: from pair 0) to
+#   the first with less than 1.
 # - **LongRoPE**: any list, one number for each pair, found by search. For
 #   now: 1 for pairs that know the circle, $s$ for the others.
 
 # %%
 s = 4.0
 kept = ((turns - 1) / (4 - 1)).clamp(0, 1)  # 1: leave it, 0: stretch it
+evenly = (1 - i / full).clamp(0, 1)
 factors = {"linear": torch.full((8,), s).double(),
            "ntk": s ** (i / 7),
            "llama3": 1 / (kept + (1 - kept) / s),
+           "yarn": 1 / (evenly + (1 - evenly) / s),
            "longrope": torch.where(turns < 1, s, 1.0).double()}
 ones = (1.0,) * 8
 
@@ -260,6 +265,7 @@ def longrope(factors, **more):
 
 
 methods = {kind: longer(kind=kind, factor=s) for kind in list(factors)[:3]}
+methods["yarn"] = longer(kind="yarn", factor=s, high_frequency=32.0)
 methods["longrope"] = longrope(factors["longrope"])
 for kind, other in methods.items():
     package = rope.frequencies(other.config, 256, dtype=torch.float64)
@@ -267,10 +273,10 @@ for kind, other in methods.items():
 print("equal to rope.frequencies:", *methods)
 
 # %%
-names = {"linear": "PI", "ntk": "NTK", "llama3": "Llama 3",
+names = {"linear": "PI", "ntk": "NTK", "llama3": "Llama 3", "yarn": "YaRN",
          "longrope": "LongRoPE, 1 or s"}
-for (kind, row), style in zip(factors.items(), ("-", "--", "-.", ":"),
-                              strict=True):
+styles = ("C0-", "C1--", "C2-.", "C4-", "C3:")
+for (kind, row), style in zip(factors.items(), styles, strict=True):
     plt.plot(i, row, style, marker="o", ms=4, label=names[kind])
 plt.axvline(full - 0.5, color="k", lw=1, label="slower: less than one turn")
 plt.xlabel("pair i (fast to slow)")
@@ -287,7 +293,8 @@ assert factors["ntk"][full] < 3  # too little for the first slow pair
 #
 # Does the model use these numbers? First PI by hand: a cache that divides
 # positions by 4, in the *plain* model. Then each method must equal LongRoPE
-# with the factors from our table, in its loss and in all gradients.
+# with the factors from our table, in its loss and in all gradients. (YaRN has a
+# factor for the cosines and sines as well; section 6 says why.)
 
 # %%
 class Squeezed(KVCache):
@@ -309,8 +316,10 @@ def loss_and_gradients(model):
 
 
 for kind, row in factors.items():
+    scale = rope.attention_factor(methods[kind].config)
+    twin = longrope(row, attention_factor=scale)
     assert_close(loss_and_gradients(methods[kind]),
-                 loss_and_gradients(longrope(row)), rtol=1e-3, atol=1e-4)
+                 loss_and_gradients(twin), rtol=1e-3, atol=1e-4)
 print("each method equals LongRoPE with its list, gradients too")
 
 # %% [markdown]
@@ -343,7 +352,7 @@ for kind in tried:
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4),
                                      layout="constrained")
 for n, kind in enumerate(tried):
-    style = ("k-", "C0-", "C1--", "C2-.", "C3:")[n]
+    style = ("k-", *styles)[n]
     name = names.get(kind, "plain").split(",")[0]
     left.plot(near + far, shares[kind], style, marker="o", ms=3, label=name)
     smooth = losses[kind].view(16, 16).mean(1)  # blocks of 16 positions
@@ -362,12 +371,16 @@ right.legend(fontsize=8, loc=(0.62, 0.42))
 plt.show()
 assert score("linear")[1] > at_home + 0.7
 assert score("plain")[0] < score("ntk")[0] < score("llama3")[0]
+assert score("ntk")[0] < score("yarn")[0]
+assert score("yarn")[1] < at_home + 0.2
 
 # %% [markdown]
 # PI finds every key and can no longer read: what stood three back now seems to
 # stand three quarters back, which no fast pair has learned. NTK reads, and
 # loses keys towards the end, as its pairs 5 and 6 foretold. The rules that look
-# at turns do both. (Dashed: the trained length.)
+# at turns do both. YaRN, with the 32 turns of its paper, even stretches all
+# pairs but one: a gentle stretch of the fast ones hardly harms. (Dashed: the
+# trained length.)
 #
 # ## 6 LongRoPE: search, and sharpen
 #
@@ -436,7 +449,8 @@ assert abs(factor - math.sqrt(1 + math.log(4) / math.log(64))) < 1e-9
 
 # %% [markdown]
 # A fifth instead of a half. In five seeds the factor moved neither of our
-# measurements by more than 0.03: here it decides nothing.
+# measurements by more than 0.03: here it decides nothing. YaRN multiplies the
+# table by $1 + 0.1 \ln s$, which its authors fitted to measurements.
 #
 # ## 7 The border, and what it does to a cache
 #
@@ -736,14 +750,14 @@ assert windowed.flops_per_token(wide) < 1.04 * big.flops_per_token(old)
 #
 # 1. A pair that has not turned once in the trained context meets new angles
 #    beyond it. Stretch those pairs, and leave the fast ones alone.
-# 2. PI, NTK, Llama 3's rule and LongRoPE are lists of factors. Judge them far
-#    *and* near.
+# 2. PI, NTK, Llama 3's rule, YaRN and LongRoPE are lists of factors. Judge them
+#    far *and* near.
 # 3. Keys in a cache carry the factors they were turned with. Change the
 #    factors, and read the text again.
 #
 # **Real systems** train on long texts for a while after stretching, as section
 # 9 did. Phi-3's 128k models use LongRoPE with a factor of 32; Llama 3.1 its
-# rule with a factor of 8 from 8,192. A key found is not a book understood:
+# rule with a factor of 8 from 8,192; DeepSeek-V3 YaRN with 40 from 4,096. A key found is not a book understood:
 # retrieval is the easiest of long tasks.
 #
 # **Read on.** The code: [`nanomai/rope.py`](../nanomai/rope.py),
