@@ -56,13 +56,15 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, batches: Iterable[Batch],
 def evaluate_text(model: Transformer, tokenizer: Tokenizer, text: str, batch_size: int = 16) -> Evaluation:
     """The same of any text, taken as one document."""
     t = model.config.context_length
-    ids = torch.tensor([tokenizer.end_of_text, *tokenizer.encode(text)])
+    ids = torch.tensor([*tokenizer.opening, *tokenizer.encode(text)])
     n = max(1, -(-(len(ids) - 1) // t))
     padded = torch.full((n * t + 1,), ops.IGNORE)
     padded[: len(ids)] = ids
     rows = padded.unfold(0, t + 1, t).numpy()
     batches = (make_batch(rows[i : i + batch_size], tokenizer.end_of_text) for i in range(0, n, batch_size))
-    return evaluate(model, tokenizer, batches)
+    result, n_bytes = evaluate(model, tokenizer, batches), len(text.encode())
+    # a published tokenizer may put a blank before the text, or normalise it
+    return result._replace(bits_per_byte=result.loss * result.tokens / math.log(2) / n_bytes, bytes=n_bytes)
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
@@ -73,5 +75,6 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 
 def validation_text(validation: Validation, tokenizer: Tokenizer) -> bytes:
     """The validation split as it was written."""
-    return b"".join(tokenizer.decode_bytes(token for token in shard.tolist() if token != tokenizer.end_of_text)
+    between = {tokenizer.end_of_text, *tokenizer.opening}
+    return b"".join(tokenizer.decode_bytes(token for token in shard.tolist() if token not in between)
                     for shard in validation.windows.shards)

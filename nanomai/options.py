@@ -60,7 +60,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Import:
-    """Make a run of a Hugging Face folder: config.json, safetensors, and a tokenizer.json of byte-level BPE."""
+    """Make a run of a Hugging Face folder: config.json, safetensors, tokenizer.json."""
 
     folder: str
     """The folder to read."""

@@ -31,6 +31,7 @@ from nanomai.config import ConfigError, DataConfig
 from nanomai.corpus import Document, Source, documents, fingerprint, parse_mixture, source_bytes
 from nanomai.data import Loader, Validation, run_ahead
 from nanomai.machine import usable_cores
+from nanomai.pretrained import load_tokenizer
 from nanomai.shards import (
     DataError,
     Header,
@@ -42,7 +43,7 @@ from nanomai.shards import (
     start_worker,
     write_file,
 )
-from nanomai.tokenizer import Tokenizer, get_tokenizer, train_bpe
+from nanomai.tokenizer import Tokenizer, train_bpe
 
 SHARD_BYTES = 64 * 2**20
 """Of text: some 16 million tokens, 32 MB on disk."""
@@ -81,7 +82,7 @@ def prepare(config: DataConfig, vocab_size: int, shard_bytes: int = SHARD_BYTES,
     sources = parse_mixture(config.corpus)
     folder = Path(config.folder) / _folder_name(sources, config, vocab_size, shard_bytes)
     saved = folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(saved) if saved.exists() else _make_tokenizer(sources, config, vocab_size, show)
+    tokenizer = load_tokenizer(saved) if saved.exists() else _make_tokenizer(sources, config, vocab_size, show)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"tokenizer {config.tokenizer!r} has {tokenizer.vocab_size} tokens and the model only "
                           f"{vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more", "model.vocab_size")
@@ -103,7 +104,7 @@ def _folder_name(sources: tuple[Source, ...], config: DataConfig, vocab_size: in
     if tokenizer == "bpe":
         tokenizer = ["bpe", vocab_size]
     elif Path(tokenizer).is_file():
-        tokenizer = get_tokenizer(tokenizer).hash
+        tokenizer = load_tokenizer(tokenizer).hash
     key = [[fingerprint(source) for source in sources], config.text_field, config.val_fraction, tokenizer, shard_bytes]
     label = re.sub(r"[^\w.-]+", "-", Path(sources[0].name).stem)[:40] + f"-and-{len(sources) - 1}" * (len(sources) > 1)
     return f"{label}-{blake2b(json.dumps(key).encode(), digest_size=6).hexdigest()}"
@@ -111,7 +112,7 @@ def _folder_name(sources: tuple[Source, ...], config: DataConfig, vocab_size: in
 
 def _make_tokenizer(sources: tuple[Source, ...], config: DataConfig, vocab_size: int, show: bool) -> Tokenizer:
     if config.tokenizer != "bpe":
-        return get_tokenizer(config.tokenizer)
+        return load_tokenizer(config.tokenizer)
     with Progress(disable=not show) as progress:
         task = progress.add_task(f"training a tokenizer of {vocab_size} tokens", total=None)
         return train_bpe(_training_sample(sources, config), vocab_size,

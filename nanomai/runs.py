@@ -25,6 +25,7 @@ from nanomai.config import Config
 from nanomai.config_file import load_config, to_yaml
 from nanomai.files import write_atomically
 from nanomai.model import Transformer
+from nanomai.pretrained import PretrainedTokenizer, load_tokenizer
 from nanomai.tokenizer import Tokenizer
 
 
@@ -99,7 +100,7 @@ class LoadedRun(NamedTuple):
     """All that is needed to use a trained model."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PretrainedTokenizer
     config: Config
 
 
@@ -109,7 +110,7 @@ def load_run(name: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     config = load_config(folder / "config.yaml")
     model = Transformer(config.model)
     load_weights(model, folder)
-    return LoadedRun(model.to(device).eval(), Tokenizer.load(folder / "tokenizer.json"), config)
+    return LoadedRun(model.to(device).eval(), load_tokenizer(folder / "tokenizer.json"), config)
 
 
 def load_weights(model: Transformer, folder: Path) -> Path:
@@ -121,10 +122,10 @@ def load_weights(model: Transformer, folder: Path) -> Path:
     return path
 
 
-def begin_from(model: Transformer, name: str | Path, tokenizer: Tokenizer) -> None:
+def begin_from(model: Transformer, name: str | Path, tokenizer: Tokenizer | PretrainedTokenizer) -> None:
     """Reads the weights of another run into a model that is to be trained on `tokenizer`'s ids."""
     source = find_run(name)
-    if Tokenizer.load(source / "tokenizer.json").hash != tokenizer.hash:
+    if load_tokenizer(source / "tokenizer.json").hash != tokenizer.hash:
         raise RunError(f"{source} was trained with another tokenizer; set --data.tokenizer {source / 'tokenizer.json'}")
     load_weights(model, source)
 

@@ -188,10 +188,13 @@ def generate(model: Transformer, prompt_ids: Sequence | Tensor, max_tokens: int 
 
 def stream_text(model: Transformer, tokenizer: Tokenizer, prompt: str, max_tokens: int, **options) -> Iterator[str]:
     """The text that follows `prompt`, piece by piece; a character is held back until its last byte has come."""
-    ids, pending = [tokenizer.end_of_text, *tokenizer.encode(prompt)], b""
-    for (token,) in stream(model, [ids], max_tokens, stop_tokens=[tokenizer.end_of_text],
+    ids, pending = tokenizer.encode(prompt), b""
+    last = ids[-1:]
+    for (token,) in stream(model, [[*tokenizer.opening, *ids]], max_tokens, stop_tokens=tokenizer.stop_tokens,
                            vocab_size=tokenizer.vocab_size, **options):
-        pending += tokenizer.decode_bytes([token])
+        # beside the token before it: where it opens a text, a token of SentencePiece loses its blank
+        pending += tokenizer.decode_bytes([*last, token])[len(tokenizer.decode_bytes(last)) :]
+        last = [token]
         whole = _whole_characters(pending)
         if whole:
             yield pending[:whole].decode("utf-8", errors="replace")

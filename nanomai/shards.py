@@ -4,6 +4,7 @@ A prepared corpus is a folder of shards (`*.bin`: a header of 256 bytes, then to
 lists them. Both are written by rename, so that a stopped machine leaves whole files or none.
 
 A document is stored as `[end_of_text] + tokens`: the end-of-text token opens it. `data.py` says what follows from that.
+(The tokens begin with the begin-of-text token of a published tokenizer that has one.)
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ def write_shard(path: Path, tokens: np.ndarray, tokenizer_hash: str, vocab_size:
 def encode_shard(path: Path, texts: list[str], text_hash: str, tokenizer: Tokenizer,
                  map_: Callable = map) -> Header:
     """Tokenize documents and write them as one shard. `map_` may be a thread pool's: tiktoken frees the GIL."""
+    opening = dict.fromkeys([tokenizer.end_of_text, *tokenizer.opening])  # "</s><s>", or one that is both
+
     def encode(text: str) -> np.ndarray:
-        return np.array([tokenizer.end_of_text, *tokenizer.encode(text)], np.uint32)
+        return np.array([*opening, *tokenizer.encode(text)], np.uint32)
 
     tokens = np.concatenate(list(map_(encode, texts)))
     n_bytes = sum(len(text.encode("utf-8")) for text in texts)

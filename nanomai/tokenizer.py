@@ -78,6 +78,16 @@ class Tokenizer:
             raise TokenizerError(f"this tokenizer has no {END_OF_TEXT}; train one with it among its special_tokens")
         return self.special_tokens[END_OF_TEXT]
 
+    @property
+    def opening(self) -> list[int]:
+        """The ids before a text: the end of a text before."""
+        return [self.end_of_text]
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """The ids that end a text; none where there is no end of text."""
+        return [number for name, number in self.special_tokens.items() if name == END_OF_TEXT]
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`. "<|endoftext|>" inside it is plain text, and becomes the special id only by allow_special.
 

@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 BELOW_TRAINER = """parts architecture config config_file files kernels masks ops rope layers grouped moe mla model
-                   tokenizer corpus shards data optim parallel checkpoint planner runs sampling evaluation hub simulator
-                   machine guard preparation report"""
+                   tokenizer pretrained corpus shards data optim parallel checkpoint planner runs sampling evaluation
+                   hub simulator machine guard preparation report"""
 PUBLIC = BELOW_TRAINER + " show trainer post"
 
 # A room is a file or a folder of nanomai/. Inside a folder all is allowed; `folder.file` gives one file its own line.
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "mla": "architecture layers ops rope",
     "model": "architecture kernels layers masks mla moe ops rope",
     "tokenizer": "files",
+    "pretrained": "files tokenizer",
     "corpus": "config",
     "shards": "config files tokenizer",
     "data": "config tokenizer shards",
@@ -50,11 +51,11 @@ MAY_IMPORT = {
     "guard": "",
     "show": "",
     "report": "config show",
-    "preparation": "config corpus tokenizer shards data machine",  # how many cores may tokenize
-    "runs": "config config_file files model checkpoint tokenizer",
+    "preparation": "config corpus pretrained tokenizer shards data machine",  # how many cores may tokenize
+    "runs": "config config_file files model checkpoint pretrained tokenizer",
     "sampling": "layers ops model rope tokenizer",  # the cache makes the masks of its rows
     "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks
-    "hub": "architecture checkpoint config config_file files model rope runs tokenizer",
+    "hub": "architecture checkpoint config config_file files model pretrained rope runs tokenizer",
     "simulator": "config model parallel optim",
     "trainer": BELOW_TRAINER + " show",  # the loss curve of every run folder
     "post": BELOW_TRAINER + " trainer",
@@ -80,6 +81,7 @@ MAY_NEED = {
     "show": "matplotlib torch",
     "machine": CORE + " triton",
     "tokenizer": CORE + " regex",
+    "pretrained": "tokenizers",
     "corpus": CORE + " pyarrow datasets",
     "cli": CORE + " tyro",
 }

@@ -22,6 +22,7 @@ from nanomai.hub import HubError, folders, from_hf, import_run, read_model, to_h
 from nanomai.hub.settings import config_of, settings_of
 from nanomai.hub.vocabulary import GPT2_PATTERN, merges_of, read_tokenizer, write_tokenizer
 from nanomai.model import build_model
+from nanomai.pretrained import PretrainedTokenizer
 from nanomai.sampling import generate
 from nanomai.tokenizer import PATTERN, Tokenizer, get_tokenizer, train_bpe
 
@@ -170,6 +171,17 @@ def test_the_same_ids(tokenizer, tmp_path):
     assert read_tokenizer(tmp_path).hash == tokenizer.hash
 
 
+def test_the_form_of_the_first_published_files(tmp_path):
+    """As GPT-2's: a model without its kind, words cut by the bytes' own step, and its ends in config.json."""
+    tokenizer = small_tokenizer(400, GPT2_PATTERN)
+    write_tokenizer(tokenizer, tmp_path, 64)
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    spoil(tmp_path, "tokenizer.json", lambda saved: saved.update(pre_tokenizer=step, post_processor=step))
+    spoil(tmp_path, "tokenizer.json", lambda saved: saved["model"].pop("type"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": tokenizer.end_of_text}))
+    assert read_tokenizer(tmp_path).hash == tokenizer.hash
+
+
 def test_a_merge_is_what_the_ranks_below_leave():
     tokens = [bytes([b]) for b in range(256)] + [b"ab", b"bc", b"abc", b"xyz"]
     assert merges_of(tokens)[256:] == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), None]
@@ -193,36 +205,50 @@ def spoil(folder, name, change):
 
 
 def rename(saved):
-    saved["model"]["vocab"]["日"] = saved["model"]["vocab"].pop("a")
+    saved["model"]["vocab"]["日"] = saved["model"]["vocab"].pop("Ā")  # the byte 0
 
 
 def cutter(saved):
     return saved["pre_tokenizer"]["pretokenizers"][0]
 
 
-def unclosed(saved):
-    cutter(saved)["pattern"]["Regex"] = "("
+OTHERS = {
+    "byte fallback": lambda saved: saved["model"].update(byte_fallback=True),
+    "normalizer": lambda saved: saved.update(normalizer={"type": "NFC"}),
+    "cutter": lambda saved: saved.update(pre_tokenizer={"type": "Whitespace"}),
+    "behaviour": lambda saved: cutter(saved).update(behavior="Removed"),
+    "template": lambda saved: saved.update(post_processor={"type": "Sequence", "processors": []}),
+    "a far id": lambda saved: saved["model"]["vocab"].update(ab=999),
+    "a far special id": lambda saved: saved["added_tokens"][0].update(id=10**9),
+    "other characters": rename,
+    "merges in another order": lambda saved: saved["model"]["merges"].reverse(),
+    "a merge less": lambda saved: saved["model"]["merges"].pop(),
+    "a token of plain text": lambda saved: saved["added_tokens"].append(
+        saved["added_tokens"][0] | {"id": 300, "content": "  ", "special": False}),
+    "blanks beside a token": lambda saved: saved["added_tokens"][0].update(rstrip=True),
+}
 
 
-TOKENIZERS = [
-    ("is not byte-level BPE", lambda saved: saved["model"].update(byte_fallback=True)),
-    ("is not byte-level BPE; read_model reads the weights", lambda saved: saved.update(normalizer={"type": "NFC"})),
-    ("is not byte-level BPE", lambda saved: saved.update(pre_tokenizer={"type": "Metaspace"})),
-    ("is not byte-level BPE", lambda saved: cutter(saved).update(behavior="Removed")),
-    ("must be 0, 1, 2", lambda saved: saved["model"]["vocab"].update(ab=999)),
-    ("is not a tokenizer of the tokenizers library", lambda saved: saved.pop("model")),
-    ("is not a tokenizer of the tokenizers library", rename),
-    ("its merges are not in the order of its ids", lambda saved: saved["model"]["merges"].reverse()),
-    ("its merges are not in the order of its ids", lambda saved: saved["model"]["merges"].pop()),
-    ("is not a tokenizer of the tokenizers library (ValueError)", unclosed),
-]
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_file_that_ours_would_read_otherwise_is_run_by_its_library(other, tmp_path):
+    ours = small_tokenizer()
+    write_tokenizer(ours, tmp_path, 64)
+    spoil(tmp_path, "tokenizer.json", OTHERS[other])
+    found, theirs = read_tokenizer(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(found, PretrainedTokenizer)
+    for text in [*HARD, Path(cli.__file__).read_text(), "a <|endoftext|> b"]:
+        assert found.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
+        assert found.encode(text, allow_special=True) == theirs(text)["input_ids"]
 
 
-@pytest.mark.parametrize("message, change", TOKENIZERS)
-def test_tokenizers_of_another_kind(message, change, tmp_path):
+@pytest.mark.parametrize("message, change", [
+    ("the tokenizers library cannot read it", lambda saved: saved.pop("model")),
+    ("the tokenizers library cannot read it", lambda saved: cutter(saved)["pattern"].update(Regex="(")),
+])
+def test_a_file_that_no_library_reads(message, change, tmp_path):
     write_tokenizer(small_tokenizer(), tmp_path, 64)
     spoil(tmp_path, "tokenizer.json", change)
-    with pytest.raises(HubError, match=r"tokenizer\.json") as caught:
+    with pytest.raises(HubError, match=r"tokenizer\.json: ") as caught:
         read_tokenizer(tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
@@ -294,7 +320,7 @@ FAULTS = {
     "more tokens than rows": (lambda folder: write_tokenizer(small_tokenizer(), folder, 32),
                               "tokenizer.json has 300 tokens, and the model knows 257"),
     "a far id": (lambda folder: spoil(folder, "tokenizer.json", lambda saved: saved["added_tokens"][0].update(
-        id=2**62)), "a special token's id lies more than 65536 above"),
+        id=2**62)), "tokenizer.json: the tokenizers library cannot read it: invalid value"),
     "half a head": (settings_changed(num_attention_heads=0), "must be whole numbers above 0"),
     "a million layers": (settings_changed(num_hidden_layers=10**9), "names 1000000000 layers or experts"),
     "wide": (settings_changed(hidden_size=10**9), "and config.json means (257, 1000000000)"),
@@ -302,7 +328,8 @@ FAULTS = {
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a JSON object"),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "config.json is not a JSON object"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not a JSON object"),
-    "no settings": (drop("config.json"), "config.json: No such file or directory"),
+    "no settings": (drop("config.json"), "llama has no config.json; name the folder of a Hugging Face model: config"),
+    "no folder": (shutil.rmtree, "llama is no folder; name the folder of a Hugging Face model: config.json, safeten"),
     "no weights": (drop("model.safetensors"), "model.safetensors is missing"),
     "no tokenizer": (drop("tokenizer.json"), "tokenizer.json: No such file or directory"),
     "pickle": (only_pickle, "holds .bin files, which are pickle"),

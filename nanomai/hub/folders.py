@@ -26,8 +26,9 @@ from nanomai.config import Config, DataConfig, TrainConfig
 from nanomai.files import write_atomically
 from nanomai.hub.families import HubError, Link, links, read_json
 from nanomai.hub.settings import config_of, settings_of
-from nanomai.hub.vocabulary import END_SETTINGS, read_tokenizer, write_tokenizer
+from nanomai.hub.vocabulary import end_settings, read_tokenizer, write_tokenizer
 from nanomai.model import Transformer
+from nanomai.pretrained import PretrainedTokenizer
 from nanomai.runs import write_config
 from nanomai.tokenizer import Tokenizer
 
@@ -40,19 +41,19 @@ FP8, BLOCK, FP8_SETTINGS = "F8_E4M3", 128, {"quant_method": "fp8", "weight_block
 IGNORED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
 
 
-def from_hf(folder: str | Path) -> tuple[Transformer, Tokenizer]:
+def from_hf(folder: str | Path) -> tuple[Transformer, Tokenizer | PretrainedTokenizer]:
     """Model, in float32, and tokenizer of a Hugging Face folder. HubError says in one line what cannot be read."""
     tokenizer, source = _read_both(Path(folder))
     return _model(source), tokenizer
 
 
 def read_model(folder: str | Path) -> Transformer:
-    """The model alone: for a folder with a tokenizer of another kind."""
+    """The model alone: for a folder whose tokenizer cannot be read."""
     return _model(_Source(Path(folder)))
 
 
-def _read_both(folder: Path) -> tuple[Tokenizer, _Source]:
-    tokenizer, source = read_tokenizer(folder), _Source(folder)
+def _read_both(folder: Path) -> tuple[Tokenizer | PretrainedTokenizer, _Source]:
+    source, tokenizer = _Source(folder), read_tokenizer(folder)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise HubError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, and the model knows "
                        f"{source.config.vocab_size}")
@@ -86,7 +87,7 @@ def import_run(folder: str | Path, out: str | Path) -> Path:
     return Path(out)
 
 
-def to_hf(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None,
+def to_hf(model: Transformer, folder: str | Path, tokenizer: Tokenizer | PretrainedTokenizer | None = None,
           dtype: torch.dtype = torch.float32, architecture: str | None = None) -> Path:
     """Writes a new folder that `transformers` loads: as this class, or the first that computes what this model does."""
     settings = settings_of(model.config, architecture)
@@ -94,8 +95,7 @@ def to_hf(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = 
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise HubError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}; export the "
                        "tokenizer that the model was trained with")
-    end = tokenizer and tokenizer.special_tokens.get("<|endoftext|>")
-    settings |= {"dtype": str(dtype).removeprefix("torch."), **dict.fromkeys(END_SETTINGS, end), "pad_token_id": None}
+    settings |= {"dtype": str(dtype).removeprefix("torch."), **end_settings(tokenizer)}
     with _appearing(Path(folder)) as new:
         _write_shards(new, links(family, config, model.state_dict()), dtype)
         _write_json(new / "config.json", settings)
@@ -127,6 +127,10 @@ class _Source:
     """A folder whose settings and headers have been read and agree."""
 
     def __init__(self, folder: Path):
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "is no folder"
+            raise HubError(f"{folder} {what}; name the folder of a Hugging Face model: config.json, safetensors and "
+                           "tokenizer.json")
         self.folder = folder
         self.files = [_open(folder / name) for name in self._names()]
         self.place = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 (no mapping)
