@@ -49,7 +49,7 @@ class PretrainedTokenizer:
         self.files, self.stop_tokens = files, stop_tokens
         self.hash = hashlib.blake2b(json.dumps([files, stop_tokens]).encode(), digest_size=16).hexdigest()
         self._library = _read(files["tokenizer.json"])
-        self._template = _template(self._library, json.loads(files.get("tokenizer_config.json", "{}")))
+        self._template = _template(self._library)
         self._library.encode_special_tokens = True  # the name of a special token inside a text is text
         added = self._library.get_added_tokens_decoder()
         self.special_tokens = {token.content: number for number, token in added.items() if token.special}
@@ -172,20 +172,10 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0][:200]
 
 
-def _template(library: Any, settings: dict[str, Any]) -> list[int]:
-    """The ids that the library puts before a text, unless tokenizer_config.json says whether the first token belongs
-    there, which `transformers` obeys."""
-    if isinstance(settings.get("add_bos_token"), bool):
-        first = id_of(settings.get("bos_token"), library.get_vocab())
-        return [first] if settings["add_bos_token"] and first is not None else []
+def _template(library: Any) -> list[int]:
+    """The ids that the library puts before a text."""
     whole, plain = _encode(library, "a", template=True), _encode(library, "a")
     return whole[: whole.index(plain[0])] if plain else []
-
-
-def id_of(token: Any, ids: dict[str, int]) -> int | None:
-    """The id of a token as tokenizer_config.json names it: by its text, or by a mapping that holds it."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return ids.get(name) if isinstance(name, str) else None
 
 
 def _bytes_of(library: Any) -> dict[int, bytes]:

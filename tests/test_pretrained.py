@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import nanomai
 from nanomai import cli, sampling
-from nanomai.evaluation import evaluate_text
+from nanomai.evaluation import evaluate_text, validation_text
 from nanomai.hub import HubError, from_hf, import_run, to_hf
 from nanomai.hub.vocabulary import read_tokenizer
 from nanomai.pretrained import PretrainedTokenizer, load_tokenizer
@@ -64,14 +64,16 @@ def opened_by(name, number):
 def llama_2():
     tokenizer = sentence_piece()
     tokenizer.post_processor = opened_by("<s>", 1)
-    return tokenizer, settings_of(add_bos_token=True, bos_token="<s>", eos_token={
+    return tokenizer, settings_of(bos_token="<s>", eos_token={
         "__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False, "single_word": False,
         "normalized": False})  # as transformers 4 wrote it
 
 
 def mistral():
-    """The newer way to say the same: Metaspace in place of a normalizer."""
+    """The newer way to say the same: Metaspace in place of a normalizer. What was set for a batch is in the file."""
     tokenizer = sentence_piece()
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(pad_token="<unk>", pad_id=0, length=9)
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.post_processor = opened_by("<s>", 1)
@@ -81,7 +83,7 @@ def mistral():
 def phi_3():
     """Nothing before a text, an end that was added, and one for each turn of a conversation."""
     extra = [AddedToken("<|endoftext|>", special=True), AddedToken("<|end|>", special=True, rstrip=True)]
-    return sentence_piece(extra), settings_of(add_bos_token=False, bos_token="<s>", eos_token="<|endoftext|>")
+    return sentence_piece(extra), settings_of(bos_token="<s>", eos_token="<|endoftext|>")
 
 
 def unigram():
@@ -292,7 +294,7 @@ def test_all_ends_of_a_text(tmp_path, monkeypatch):
 
 
 def test_no_end_of_text(tmp_path):
-    folder = model_folder(tmp_path / "in", unigram)
+    folder = model_folder(tmp_path / "in", phi_3)
     spoil(folder, "tokenizer_config.json", lambda settings: settings.pop("eos_token"))
     model, ours = from_hf(folder)
     to_hf(model, tmp_path / "out", ours)
@@ -320,6 +322,8 @@ def test_training_goes_on(tmp_path, monkeypatch):
     shard = prepared.loader(32).sources[0].shards[0].tolist()
     assert shard[:2] == [2, 1] and shard.count(1) == shard.count(2) > 3
     assert ours.decode(shard[2 : shard.index(2, 2)]) in [path.read_text() for path in Path("text").iterdir()]
+    written = validation_text(prepared.validation(32), ours)
+    assert b"<s>" not in written and b"</s>" not in written and b" cat " in written
     assert cli.main(["eval", str(result.run_dir)]) == 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from nanomai.files import write_atomically
 from nanomai.hub.families import HubError, read_json
-from nanomai.pretrained import BYTE_OF, FILES, VISIBLE, PretrainedTokenizer, id_of
+from nanomai.pretrained import BYTE_OF, FILES, VISIBLE, PretrainedTokenizer
 from nanomai.tokenizer import END_OF_TEXT, Tokenizer, TokenizerError
 
 MOST_SPECIAL = 2**16  # ids that are reserved above the ordinary ones: a table of them all is kept
@@ -115,8 +115,8 @@ def _stop_tokens(folder: Path, added: dict[str, int]) -> list[int]:
     of a class, for example, means the third byte of a byte-level vocabulary."""
     for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
         settings = read_json(folder / name) if (folder / name).is_file() else {}
-        found = settings.get("eos_token_id")
-        found = id_of(settings.get("eos_token"), added) if found is None else found
+        token = settings.get("eos_token")  # its text, or a mapping that holds it
+        found = settings.get("eos_token_id", added.get(token["content"] if isinstance(token, dict) else token))
         found = [number for number in (found if isinstance(found, list) else [found])
                  if type(number) is int and number in added.values()]
         if found:
