@@ -615,15 +615,15 @@ def test_experts_begin_as_wide_as_an_mlp():
 
 def test_muon_takes_each_expert_by_itself():
     stack = torch.nn.Parameter(randn(5, 12, 24, dtype=torch.float32))
-    alone = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
+    alone = [torch.nn.Parameter(m[None].clone()) for m in stack.detach()]
     optimizers = [Muon([stack], lr=0.1, weight_decay=0.1), *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone)]
     for i in range(3):
         stack.grad = randn(5, 12, 24, seed=i + 1, dtype=torch.float32) * torch.logspace(-2, 2, 5)[:, None, None]
         for p, gradient in zip(alone, stack.grad, strict=True):
-            p.grad = gradient.clone()
+            p.grad = gradient[None].clone()
         for optimizer in optimizers:
             optimizer.step()
-    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in alone]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stack.detach(), torch.cat([p.detach() for p in alone]), rtol=1e-4, atol=1e-5)
 
 
 def test_who_trains_what():

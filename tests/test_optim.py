@@ -10,6 +10,8 @@ import torch
 from nanomai.config import ModelConfig, OptimConfig
 from nanomai.model import build_model
 from nanomai.optim import (
+    FIVE_ALIKE,
+    THREE_GRADED,
     Muon,
     build_optimizers,
     learning_rate,
@@ -76,19 +78,54 @@ def test_adamw_is_torchs(tied):
 # --- Muon
 
 
+ITERATIONS = pytest.mark.parametrize("quintics, smallest, low, high", [(FIVE_ALIKE, 0.0015, 0.67, 1.21),
+                                                                       (THREE_GRADED, 0.01, 0.49, 1.51)])
+
+
+@ITERATIONS
 @pytest.mark.parametrize("shape", [(8, 8), (5, 13), (13, 5), (1, 7), (64, 256)])
-def test_orthogonalized_singular_values(shape):
+def test_orthogonalized_singular_values(shape, quintics, smallest, low, high):
     """All pulled to about 1, whatever they were, on both sides; the singular vectors stay."""
     matrix = randn(3, *shape, dtype=torch.float64)
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    s = torch.logspace(0, -2, s.shape[-1], dtype=torch.float64).expand(s.shape)
-    result = orthogonalize(u @ s.diag_embed() @ vt)
+    s = torch.logspace(0, math.log10(smallest), s.shape[-1], dtype=torch.float64)
+    result = orthogonalize(u @ s.expand(3, -1).diag_embed() @ vt, quintics)
     inner = u.mT @ result @ vt.mT
     values = inner.diagonal(dim1=-2, dim2=-1)
     assert result.shape == matrix.shape
-    assert values.min() > 0.3 and values.max() < 1.25
+    assert (values[:, s / s.norm() > smallest] > low).all() and values.max() < high
     assert (inner - values.diag_embed()).abs().max() < 1e-9
-    torch.testing.assert_close(orthogonalize(1e4 * matrix), orthogonalize(matrix))
+    torch.testing.assert_close(orthogonalize(1e4 * matrix, quintics), orthogonalize(matrix, quintics),
+                               rtol=1e-4, atol=1e-5)
+
+
+@ITERATIONS
+def test_what_the_quintics_make_of_a_singular_value(quintics, smallest, low, high):
+    x = ends = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    for a, b, c in quintics:
+        x = a * x + b * x**3 + c * x**5
+    inside = x[ends >= smallest]
+    assert low <= inside.min() < low + 0.02 and high - 0.02 < inside.max() <= high
+    assert (x[1:] > 0).all() and x.max() <= high, "what is smaller is raised as well, and nothing is thrown over"
+
+
+@pytest.mark.parametrize("quintics", [FIVE_ALIKE, THREE_GRADED])
+def test_iterations_in_bfloat16_stay_bounded(quintics):
+    """Where one singular value is the whole norm, a value rounded up past 1 would run away without the margin."""
+    alone = randn(64, 48, 1) @ randn(64, 1, 80, seed=1)
+    for matrices in (alone, alone + 1e-3 * randn(64, 48, 80, seed=2), torch.eye(48).expand(2, 48, 48),
+                     randn(64, 48, 80, seed=3)):
+        largest = torch.linalg.matrix_norm(orthogonalize(matrices.bfloat16(), quintics).float(), ord=2)
+        assert largest.max() < 1.6
+
+
+def test_three_iterations_for_a_stack_and_five_for_a_matrix():
+    for shape, quintics in (((3, 6, 10), THREE_GRADED), ((6, 10), FIVE_ALIKE)):
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = randn(*shape)
+        Muon([p], lr=1.0).step()
+        expected = orthogonalize(randn(*shape).view(-1, 6, 10), quintics).view(shape)
+        torch.testing.assert_close(p.detach(), -0.2 * math.sqrt(10) * expected)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
