@@ -77,7 +77,7 @@ def test_the_configurations_are_installed_beside_the_package():
 
 
 def test_make_help_shows_every_target():
-    shown = dict(re.findall(r"^make (\w+) +(\S.*)$", make("help").stdout, re.MULTILINE))
+    shown = dict(re.findall(r"^make ([\w-]+) +(\S.*)$", make("help").stdout, re.MULTILINE))
     assert list(shown) == found(r"^\.PHONY: (.*)$").split()
     assert make().stdout == make("help").stdout
 
@@ -85,6 +85,23 @@ def test_make_help_shows_every_target():
 def test_every_target_that_needs_the_packages_sets_up_first():
     for target in set(found(r"^\.PHONY: (.*)$").split()) - {"help", "clean", "gpu"}:
         assert found(rf"^{target}: (\S*)") == "$(READY)", target
+
+
+def test_the_harness_reads_models_with_the_transformers_that_is_tested():
+    wanted = re.findall(r"'(.*?)'", found(r"^\$\(HARNESS\): WANTED = (.*)$"))
+    assert {r.name for r in map(Requirement, wanted)} == {"lm-eval", "transformers"}
+    assert wanted[1] in PROJECT["optional-dependencies"]["dev"]
+
+
+def test_a_run_that_is_missing_is_said_before_lm_eval_is_installed(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".ready").touch()
+    done = make("-C", str(tmp_path), "eval-harness", "RUN=runs/none")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode != 0 and not (tmp_path / ".venv-eval").exists()
+    assert lines == ["no run in runs/none: `make train` makes runs/nano; for another, make eval-harness RUN=runs/micro"]
 
 
 def test_a_python_that_is_too_old_or_absent_is_one_clear_line(tmp_path):
