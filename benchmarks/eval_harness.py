@@ -1,16 +1,14 @@
 """Do others measure in a run what we measure? It is exported, and lm-evaluation-harness asks it about held-out text.
 
-    make eval-harness                                 # runs/nano, on the CPU, without a network
-    make eval-harness RUN=runs/micro
+    make eval-harness RUN=runs/nano    # on the CPU, without a network
 
 1. `nanomai export` writes the run as `transformers` loads it; both must write the same greedy tokens.
-2. `lm_eval`, in a virtual environment of its own, runs the tasks of `eval_tasks/` on data made by `eval_data.py`.
+2. `lm_eval`, from a virtual environment of its own, runs the tasks of `eval_tasks/` on the data of `eval_data.py`;
+   what it read and wrote stays in build/eval-harness/.
 3. Its bits per byte must be ours, twice. In the windows that the harness cuts they must be equal but for rounding:
    the weights, the tokens and the bytes are the same. Those of `nanomai eval` are within a hundredth. It runs through
    all documents in one row of windows, and pays for the token that ends a document; the harness begins a window with
    each document and moves its last one back until it is full, so that a token has more text before it.
-
-What was made stays in build/eval-harness/, to be looked at.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: threads that wait must not spin
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,19 +48,16 @@ SAME_WINDOWS, OTHER_WINDOWS = 1e-5, 1e-2
 def nanomai(*arguments: str | Path) -> str:
     """What a command of ours prints. It has said in one line why it failed, if it did."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = cli.main([*map(str, arguments)])
-    if status:
-        sys.exit(status)
+        if status := cli.main([*map(str, arguments)]):
+            sys.exit(status)
     return out.getvalue()
 
 
 def harness(python: Path, tasks: list[str]) -> dict[str, dict]:
     """Runs lm_eval on the exported model, prints its table, and returns its results."""
-    model = "pretrained=model,dtype=float32"
-    command = [python.absolute(), "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", ",".join(tasks),
-               "--include_path", ROOT / "benchmarks" / "eval_tasks", "--device", "cpu", "--batch_size", str(BATCH),
-               "--output_path", "results"]
-    log = WORK / "lm_eval.log"
+    options = (f"--model hf --model_args pretrained=model,dtype=float32 --tasks {','.join(tasks)} --device cpu "
+               f"--batch_size {BATCH} --output_path results --include_path").split()
+    command, log = [python.absolute(), "-m", "lm_eval", *options, ROOT / "benchmarks/eval_tasks"], WORK / "lm_eval.log"
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(command, cwd=WORK, stdout=subprocess.PIPE, stderr=file, text=True,
                               env=os.environ | OFFLINE | {"HF_HOME": str(WORK.absolute() / "cache")})
@@ -91,6 +87,7 @@ def greedy_difference(run: LoadedRun, folder: Path, prompts: list[str]) -> str |
     return None
 
 
+
 def harness_windows(texts: list[str], tokenizer: Tokenizer, t: int) -> Iterator[Batch]:
     """Windows of t tokens as the harness cuts them: each token of a text is predicted once, and the last window of a
     text is moved back until it is full, with no target where the window before it had one."""
@@ -113,7 +110,7 @@ def compare(theirs: float, same: float, ours: float) -> None:
     print(f"bits per byte: {theirs:.5f} by lm_eval")
     for what, value, allowed, cause in (
             ("in the same windows", same, SAME_WINDOWS, "weights, tokens or bytes are not the same"),
-            ("by `nanomai eval`", ours, OTHER_WINDOWS, "documents that are shorter than the context can do that")):
+            ("by `nanomai eval`", ours, OTHER_WINDOWS, "documents shorter than the context can do that")):
         difference = abs(theirs / value - 1)
         print(f"               {value:.5f} {what}, {difference:.1e} of it apart", flush=True)
         if not difference <= allowed:  # nor is NaN
@@ -123,7 +120,7 @@ def compare(theirs: float, same: float, ours: float) -> None:
 def main() -> None:
     """Ends with a status other than 0, and one line, at the first thing that is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", default="runs/nano")
+    parser.add_argument("run")
     parser.add_argument("--python", type=Path, default=".venv-eval/bin/python", help="the one that has lm_eval")
     arguments = parser.parse_args()
     if not arguments.python.exists():
@@ -139,16 +136,14 @@ def main() -> None:
         sys.exit("eval-harness: the validation split has no lines to ask about: all are too short or too long")
     write_lines(WORK / "documents.jsonl", [{"text": text} for text in texts])
     write_lines(WORK / "next_line.jsonl", questions)
-
     prompts = [question["context"] for question in questions[:PROMPTS]]
     if differs := greedy_difference(run, WORK / "model", prompts):
         sys.exit(f"eval-harness: transformers and nanomai do not write the same tokens after {differs!r}")
-    print(f"transformers writes the same greedy tokens as nanomai after {len(prompts)} prompts")
-    print(f"lm_eval reads {len(texts)} documents and {len(questions)} questions ...", flush=True)
+    print(f"transformers writes the same greedy tokens as nanomai after {len(prompts)} prompts\n"
+          f"lm_eval reads {len(texts)} documents and {len(questions)} questions ...", flush=True)
     theirs = harness(arguments.python, ["nanomai_bits_per_byte", "nanomai_next_line"])
-    windows = harness_windows(texts, run.tokenizer, run.config.model.context_length)
-    same = evaluate(run.model, run.tokenizer, windows).bits_per_byte
-    compare(theirs["nanomai_bits_per_byte"]["bits_per_byte,none"], same, ours)
+    same = evaluate(run.model, run.tokenizer, harness_windows(texts, run.tokenizer, run.config.model.context_length))
+    compare(theirs["nanomai_bits_per_byte"]["bits_per_byte,none"], same.bits_per_byte, ours)
 
 
 if __name__ == "__main__":
