@@ -55,6 +55,7 @@ lesson()
 # | documents, shards, batches | [`corpus.py`](../nanomai/corpus.py), [`data.py`](../nanomai/data.py) | 02, to come |
 # | attention, rotations, norms, the loss | [`ops.py`](../nanomai/ops.py) | 03, 04, 05 |
 # | the Transformer itself | [`model.py`](../nanomai/model.py) | 05 |
+# | what makes a family: its settings | [`architecture.py`](../nanomai/architecture.py) | 05b |
 # | turning gradients into better weights | [`optim.py`](../nanomai/optim.py), [`guard.py`](../nanomai/guard.py) | 06 |
 # | the loop around it all | [`trainer.py`](../nanomai/trainer.py), [`checkpoint.py`](../nanomai/checkpoint.py) | 06 |
 # | writing with a model | [`sampling.py`](../nanomai/sampling.py) | 07 |

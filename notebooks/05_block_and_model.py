@@ -679,4 +679,5 @@ exercises.check_stream_without_norm(stream_without_norm)
 # [1608.05859](https://arxiv.org/abs/1608.05859), MT-NLG
 # [2201.11990](https://arxiv.org/abs/2201.11990).
 #
-# **Next:** `06_training` makes it learn.
+# **Next:** `05b_families` walks from this block's ancestor to today's models;
+# `06_training` makes it learn.

@@ -71,6 +71,21 @@ BUGS = {
             "config.init_std / math.sqrt(2 * config.n_layers)", "config.init_std"),
         Bug("ignored targets have a gradient", "ops.py", "d_logits @ w * valid", "d_logits @ w", soak=True),
     ],
+    "05b_families": [
+        Bug("parallel block: the MLP reads the stream, not the norm", "model.py",
+            "return x + y + self.mlp(h, *aux)", "return x + y + self.mlp(x, *aux)", soak=True),
+        Bug("GELU of the other kind", "ops.py", 'approximate="tanh")', 'approximate="none")', soak=True),
+        Bug("LayerNorm without its bias", "ops.py",
+            "weight.to(x.dtype), bias.to(x.dtype), eps)", "weight.to(x.dtype), 0 * bias.to(x.dtype), eps)", soak=True),
+        Bug("partial rotary turns whole heads", "architecture.py",
+            "else self.rotary_dim or self.head_dim", "else self.head_dim", soak=True),
+        Bug("a window costs as much as none", "architecture.py",
+            "seen = 2 * window - window * window // t", "seen = t", soak=True),
+        Bug("latents: the shared key is not cached", "architecture.py",
+            "values = m.kv_rank + m.rope_dim if", "values = m.kv_rank if", soak=True),
+        Bug("learned positions are not added", "model.py",
+            "x = x + self.positions(positions.clamp_min(0)).to(x.dtype)", "pass", soak=True),
+    ],
     "06_training": [
         Bug("the loss is a mean, its gradient a sum", "ops.py",
             "(log_p.gather(1, target) * valid).sum()", "(log_p.gather(1, target) * valid).mean()"),
@@ -192,6 +207,7 @@ def house(tmp_path) -> Path:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / "lesson.txt", tmp_path / "notebooks")
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     return tmp_path
 
 
