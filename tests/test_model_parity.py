@@ -14,12 +14,13 @@ import torch
 import transformers as hf
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
 from nanomai import moe, ops
 from nanomai import rope as positions
 from nanomai.architecture import RopeScaling
-from nanomai.config_file import config_from_dict
+from nanomai.config_file import config_from_dict, load_config
 from nanomai.hub.families import FAMILIES, links
 from nanomai.hub.settings import config_of
 from nanomai.model import Transformer
@@ -319,6 +320,15 @@ def test_the_estimator_of_sparsemixer(monkeypatch):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_the_balance_loss_of_mixtral():
+    """Theirs sums over the choices of a token, ours is their mean: the same gradients at twice the weight."""
+    config = load_config("mixtral-8x7b").model.moe
+    logits = torch.randn(40, config.n_experts, generator=torch.Generator().manual_seed(0))
+    mine = moe.router_loss(moe.softmax_route(logits, config, None, training=True), config)
+    theirs = load_balancing_loss_func((logits,), config.n_experts, config.experts_per_token)
+    torch.testing.assert_close(mine, hf.MixtralConfig().router_aux_loss_coef * theirs)
+
+
 # --- Planted mistakes -------------------------------------------------------------------------------------------------
 
 SETTINGS = [
@@ -329,7 +339,7 @@ SETTINGS = [
     ("gpt2", {"activation": "relu2"}), ("phi-1", {"rotary_dim": None}), ("phi-1", {"rotary_dim": 4}),
     ("phi-3-long", {"rope_scaling.attention_factor": 1.0}), ("phi-3-short", {"rope_scaling.original_context": 18}),
     ("phi-3-long", {"rope_scaling.original_context": 19}), ("phi-3.5-moe", {"moe.jitter": 0.01}),
-    ("phi-3.5-moe", {"moe.router": "softmax"}), ("llama-3.1", {"rope_scaling.kind": "none"}),
+    ("phi-3.5-moe", {"moe.router": "softmax", "moe.jitter": 0.0}), ("llama-3.1", {"rope_scaling.kind": "none"}),
     ("llama-3.1", {"rope_scaling.high_frequency": 5.0}), ("llama-3.1", {"rope_scaling.kind": "linear"}),
     ("deepseek-v3", {"moe.n_groups": 1, "moe.groups_per_token": 1}), ("deepseek-v3", {"moe.groups_per_token": 3}),
     ("deepseek-v3", {"moe.weight_scale": 1.0}), ("llama-2", {"logit_scale": 1.001}),

@@ -145,7 +145,7 @@ DEEPSEEK = {"router": "sigmoid", "n_groups": 8, "groups_per_token": 4, "weight_s
 MAI = {"router": "sigmoid", "z_loss": 1e-4, "bias_speed": 0.001}
 ROUTERS = {
     "phi-3.5-moe": {"router": "sparsemixer", "jitter": 0.01},
-    "mixtral-8x7b": {"router": "softmax", "balance_loss": 0.001},
+    "mixtral-8x7b": {"router": "softmax", "balance_loss": 0.002},
     "gpt4-rumour": {"router": "softmax", "balance_loss": 0.01},
     "deepseek-v3": DEEPSEEK | {"bias_speed": 0.001}, "deepseek-v3-final": DEEPSEEK,
     "mai-1-moe": MAI, "mai-1-moe-128k": MAI,
