@@ -8,11 +8,10 @@ K `head_dim`, F `d_ff`, L `n_layers`, V `vocab_size`, E `moe.n_experts`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanomai.parts import ConfigError, MLAConfig, MoEConfig, RopeScaling, SparseAttention, positive
+from nanomai.parts import SPAN, ConfigError, MLAConfig, MoEConfig, RopeScaling, SparseAttention, check, positive, within
 
 __all__ = ["ConfigError", "MLAConfig", "MoEConfig", "ModelConfig", "RopeScaling", "SparseAttention", "positive"]
 
@@ -77,10 +76,12 @@ class ModelConfig:
     """Latents in place of keys and values."""
 
     def __post_init__(self):
-        positive(self, "model", "n_layers d_model n_heads n_kv_heads head_dim d_ff vocab_size context_length norm_eps "
-                                "init_std rope_theta embedding_scale logit_scale")
-        for fault, path in _faults(self):
-            raise ConfigError(fault, f"model.{path}")
+        positive(self, "model", "n_layers d_model n_heads n_kv_heads head_dim d_ff vocab_size context_length")
+        within(self, "model", "attention_scale embedding_scale logit_scale", *SPAN)
+        within(self, "model", "norm_eps", 1e-12, 1)
+        within(self, "model", "init_std", SPAN[0], 1)
+        within(self, "model", "rope_theta", 1, 1e12)
+        check(self, "model", *_rules(self), *_rules_of_positions(self))
 
     @property
     def gated(self) -> bool:
@@ -89,7 +90,9 @@ class ModelConfig:
     @property
     def turned_dim(self) -> int:
         """Numbers of a head that rotary positions turn."""
-        return self.mla.rope_dim if self.mla.kv_rank else self.rotary_dim or self.head_dim
+        if self.mla.kv_rank:
+            return self.mla.rope_dim
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def has_experts(self, layer: int) -> bool:
         """Whether that layer's MLP is a mixture of experts."""
@@ -165,39 +168,39 @@ class ModelConfig:
         return self.n_layers * values * bytes_per_value
 
 
-def _faults(c: ModelConfig):
-    """(what is wrong, field) of each combination that cannot work."""
-    if c.n_heads % c.n_kv_heads:
-        yield (f"n_heads {c.n_heads} is not divisible by n_kv_heads {c.n_kv_heads}; "
-               "every key-value head must serve the same number of query heads"), "n_kv_heads"
-    if c.position == "rope" and c.turned_dim % 2:
-        name = "rotary_dim" if c.rotary_dim else "head_dim"
-        yield f"{name} {c.turned_dim} is odd; rotary positions turn pairs of numbers", name
-    if not 0 < c.turned_dim <= c.head_dim:
-        yield f"{c.turned_dim} numbers of a head are to be turned and it has {c.head_dim}", "rotary_dim"
-    if c.sliding_window is not None and c.sliding_window < 1:
-        yield f"sliding_window {c.sliding_window} must be at least 1, or null", "sliding_window"
-    if c.tied_embeddings and "head" in c.biases:
-        yield "a head bias needs tied_embeddings: false", "biases"
-    pairs, s = c.turned_dim // 2, c.rope_scaling
-    if s.kind != "none" and not 0 < s.original_context <= c.context_length:
-        yield (f"original_context {s.original_context} must lie above 0, up to context_length {c.context_length}",
-               "rope_scaling.original_context")
-    if s.kind in ("llama3", "yarn") and not 0 < s.low_frequency < s.high_frequency < math.inf:
-        yield (f"low_frequency {s.low_frequency} must lie above 0, below high_frequency {s.high_frequency}",
-               "rope_scaling.low_frequency")
-    if s.kind == "yarn" and c.rope_theta <= 1:
-        yield f"rope_theta {c.rope_theta} must be above 1 for yarn: it counts the pairs from fast to slow", "rope_theta"
-    if s.kind == "longrope" and s.attention_factor is None and s.original_context < 2:
-        yield "an original_context of 1 needs an attention_factor", "rope_scaling.attention_factor"
-    if s.kind == "longrope" and {len(s.short_factors), len(s.long_factors)} != {pairs}:
-        yield (f"longrope has {len(s.short_factors)} short and {len(s.long_factors)} long factors; a head has {pairs} "
-               "pairs"), "rope_scaling.long_factors"
-    if c.mla.kv_rank and (c.n_kv_heads != c.n_heads or c.sliding_window or c.biases or c.qk_norm or c.attention_scale
-                          or c.position != "rope" or c.rotary_dim or c.mla.v_dim < 1):
-        yield ("latent attention turns by rope and has no groups (n_kv_heads = n_heads), window, biases, qk_norm, "
-               "rotary_dim or attention_scale here"), "mla.kv_rank"
-    if c.sparse.block and (min(c.sparse.dense_every, c.sparse.local_blocks) < 1 or c.sliding_window):
-        yield "dense_every and local_blocks must be at least 1, and sliding_window null", "sparse.dense_every"
-    if s.factor <= 0 or (s.kind == "ntk" and pairs < 2):
-        yield f"factor {s.factor} must be above 0, and ntk needs two pairs to turn", "rope_scaling.factor"
+def _rules(c: ModelConfig) -> list[tuple[str, object, str]]:
+    """(field, whether it is wrong, why) of what cannot go together."""
+    with_latents = {"position": "rope", "n_kv_heads": c.n_heads, "sliding_window": None, "biases": (),
+                    "qk_norm": False, "rotary_dim": None, "attention_scale": None}
+    return [
+        ("n_kv_heads", c.n_heads % c.n_kv_heads, f"must divide n_heads {c.n_heads}: each serves as many query heads"),
+        ("sliding_window", c.sliding_window is not None and c.sliding_window < 1, "must be at least 1, or null"),
+        ("sliding_window", c.sliding_window and c.sparse.block, "must be null in a model with sparse layers"),
+        ("biases", c.tied_embeddings and "head" in c.biases, "need tied_embeddings: false for that of the head"),
+        ("moe.n_dense_layers", c.moe.n_experts and c.moe.n_dense_layers >= c.n_layers,
+         f"must be below n_layers {c.n_layers}, or no layer has experts"),
+        *((name, c.mla.kv_rank and getattr(c, name) != value,
+           f"must be {'null' if value is None else value} in a model with latent attention")
+          for name, value in with_latents.items()),
+    ]
+
+
+def _rules_of_positions(c: ModelConfig) -> list[tuple[str, object, str]]:
+    s, turned, learned = c.rope_scaling, c.turned_dim, c.position == "learned"
+    name = "mla.rope_dim" if c.mla.kv_rank else "head_dim" if c.rotary_dim is None else "rotary_dim"
+    return [
+        ("rotary_dim", learned and c.rotary_dim is not None, "has no effect without position: rope"),
+        ("rope_scaling.kind", learned and s.kind != "none", "has no effect without position: rope"),
+        (name, not learned and turned % 2, "is odd; rotary positions turn pairs of numbers"),
+        (name, not 0 < turned <= c.head_dim, f"must lie above 0, up to head_dim {c.head_dim}"),
+        ("rope_scaling.original_context", s.kind != "none" and not 0 < s.original_context <= c.context_length,
+         f"must lie above 0, up to context_length {c.context_length}"),
+        ("rope_scaling.kind", s.kind == "ntk" and turned < 4, f"needs 4 numbers of a head to turn, not {turned}"),
+        ("rope_theta", s.kind == "yarn" and c.rope_theta <= 1,
+         "must be above 1 for yarn: it counts the pairs from fast to slow"),
+        ("rope_scaling.attention_factor", s.kind == "longrope" and s.attention_factor is None
+         and s.original_context < 2, "must be given where original_context is 1"),
+        *((f"rope_scaling.{factors}", s.kind == "longrope" and len(getattr(s, factors)) != turned // 2,
+           f"must be {turned // 2} numbers, one for each pair that turns")
+          for factors in ("short_factors", "long_factors")),
+    ]

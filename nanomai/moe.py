@@ -53,7 +53,7 @@ def sigmoid_route(logits: Tensor, config: MoEConfig, bias: Tensor | None, traini
     experts = choice.topk(config.experts_per_token, dim=-1).indices
     weights = affinity.gather(-1, experts)
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.weight_scale
-    return Route(weights, experts, affinity / affinity.sum(-1, keepdim=True), logits)
+    return Route(weights, experts, affinity / (affinity.sum(-1, keepdim=True) + 1e-20), logits)
 
 
 def sparsemixer_route(logits: Tensor, config: MoEConfig, bias: Tensor | None, training: bool) -> Route:
@@ -75,6 +75,7 @@ def sparsemixer_route(logits: Tensor, config: MoEConfig, bias: Tensor | None, tr
 
 
 def _take(rest: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest expert, and its weight among its rivals: two of (N, E) -> two of (N, 1)"""
     expert = rest.argmax(-1, keepdim=True)
     return near.softmax(-1).gather(-1, expert), expert
 
@@ -90,6 +91,8 @@ def _draw(rest: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _HeunWeight(torch.autograd.Function):
+    """weight share, with the gradient of softmax at the drawn expert: logits, p (N, E); all others (N, 1) -> (N, 1)"""
+
     @staticmethod
     def forward(ctx, logits, weight, expert, p, share):
         ctx.save_for_backward(weight, expert, p)
@@ -168,8 +171,9 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.zeros(moe.n_experts), persistent=False)  # choices since the last balancing
 
     def route(self, x: Tensor) -> Route:
-        """x (N, D); in float32, because a rounded logit sends a token elsewhere."""
-        logits = F.linear(x.float(), self.router.weight.float()) if x.dtype != torch.float64 else self.router(x)
+        """x (N, D); in float32 at least, because a rounded logit sends a token elsewhere."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.router.weight.to(wide))
         return ROUTERS[self.config.router](logits, self.config, self.selection_bias, self.training)
 
     def forward(self, x: Tensor, aux_scale: Tensor | None = None) -> Tensor:

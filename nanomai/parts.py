@@ -6,8 +6,12 @@ A part that a family leaves out stays at its default, which means "none".
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import operator
+import reprlib
+from dataclasses import dataclass, fields
 from typing import Literal
+
+SPAN = 1e-6, 1e6  # of what numbers may be multiplied by: float32 has room for their squares and sums
 
 
 class ConfigError(ValueError):
@@ -18,11 +22,27 @@ class ConfigError(ValueError):
         self.field = field  # dotted name, so that the loader can find its line in the file
 
 
+def check(section, path: str, *rules: tuple[str, object, str]) -> None:
+    """ConfigError for the first of the rules (field, whether it is wrong, why) that is broken."""
+    for field, wrong, why in rules:
+        if wrong:
+            value = reprlib.repr(operator.attrgetter(field)(section))  # of a long list, its beginning
+            raise ConfigError(f"{field} {value} {why}", f"{path}.{field}")
+
+
 def positive(section, path: str, names: str) -> None:
     """ConfigError unless each of these fields is above 0 and finite."""
     for name in names.split():
-        if not 0 < (value := getattr(section, name)) < math.inf:
-            raise ConfigError(f"{name} {value} must be above 0 and finite", f"{path}.{name}")
+        check(section, path, (name, not 0 < getattr(section, name) < math.inf, "must be above 0 and finite"))
+
+
+def within(section, path: str, names: str, low: float = 0, high: float = math.inf) -> None:
+    """ConfigError unless each of these fields, or each number of a tuple, lies from `low` to `high`, or is None."""
+    why = f"must be at least {low:g}" if high == math.inf else f"must be from {low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(section, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        check(section, path, (name, not all(n is None or low <= n <= high for n in numbers), why))
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,13 @@ class RopeScaling:
     """longrope, yarn: multiplies cosine and sine; None: as above, and in longrope sqrt(1 + ln s / ln original), s being
     context_length / original."""
 
+    def __post_init__(self):
+        within(self, "model.rope_scaling", "factor low_frequency high_frequency short_factors long_factors "
+                                           "attention_factor", *SPAN)
+        within(self, "model.rope_scaling", "mscale mscale_all_dim", 0, SPAN[1])
+        check(self, "model.rope_scaling", ("low_frequency", self.low_frequency >= self.high_frequency,
+                                            f"must be below high_frequency {self.high_frequency}"))
+
 
 @dataclass(frozen=True)
 class SparseAttention:
@@ -67,6 +94,11 @@ class SparseAttention:
     """Every so many-th block is seen from everywhere after it, another one in each head; 0: none."""
     dense_every: int = 2
     """Every so many-th layer is dense: of 2, the layers 1, 3, 5, ..."""
+
+    def __post_init__(self):
+        within(self, "model.sparse", "block vertical_stride")
+        within(self, "model.sparse", "local_blocks", low=1)
+        within(self, "model.sparse", "dense_every", low=2)  # of 1, no layer would be sparse
 
 
 @dataclass(frozen=True)
@@ -101,24 +133,31 @@ class MoEConfig:
     """How far a step moves the selection bias of a busy or idle expert (arXiv 2408.15664); no loss is needed then."""
 
     def __post_init__(self):
-        if not self.n_experts:
-            return
-        positive(self, "model.moe", "n_experts experts_per_token d_expert n_groups groups_per_token weight_scale")
-        if self.experts_per_token > self.n_experts:
-            raise ConfigError(f"experts_per_token {self.experts_per_token} of n_experts {self.n_experts}: a token can "
-                              "meet each once", "model.moe.experts_per_token")
-        if self.router == "sparsemixer" and (self.experts_per_token != 2 or self.jitter <= 0):
-            raise ConfigError(f"sparsemixer chooses 2 experts among rivals within jitter above 0, not "
-                              f"{self.experts_per_token} within {self.jitter}", "model.moe.experts_per_token")
-        if (self.n_experts % self.n_groups or self.groups_per_token > self.n_groups
-                or self.groups_per_token * self.n_experts // self.n_groups < self.experts_per_token):
-            raise ConfigError(f"{self.n_experts} experts in {self.n_groups} groups, {self.groups_per_token} for a "
-                              "token: the groups must be alike, and so many, and hold enough", "model.moe.n_groups")
-        if min(self.balance_loss, self.z_loss, self.bias_speed) < 0:
-            raise ConfigError("balance_loss, z_loss and bias_speed must not be negative", "model.moe.balance_loss")
-        if self.bias_speed and self.router != "sigmoid":
-            raise ConfigError("bias_speed moves the selection bias of the sigmoid router; "
-                              f"{self.router} has none", "model.moe.bias_speed")
+        if self.n_experts:  # else the other settings wait until there are experts
+            positive(self, "model.moe", "n_experts experts_per_token d_expert n_groups groups_per_token")
+            within(self, "model.moe", "n_shared_experts n_dense_layers")
+            within(self, "model.moe", "weight_scale", *SPAN)
+            within(self, "model.moe", "jitter balance_loss z_loss bias_speed", 0, SPAN[1])
+            check(self, "model.moe", *_rules(self))
+
+
+ONLY_OF = {"jitter": "sparsemixer"} | dict.fromkeys(
+    ("n_groups", "groups_per_token", "weight_scale", "bias_speed"), "sigmoid")
+
+
+def _rules(m: MoEConfig) -> list[tuple[str, object, str]]:
+    at_hand = m.groups_per_token * m.n_experts // m.n_groups
+    idle = [f.name for f in fields(m) if ONLY_OF.get(f.name, m.router) != m.router and getattr(m, f.name) != f.default]
+    return [
+        *((name, True, f"has no effect without router: {ONLY_OF[name]}") for name in idle),
+        ("experts_per_token", m.experts_per_token > m.n_experts, f"must be at most n_experts {m.n_experts}"),
+        ("experts_per_token", m.router == "sparsemixer" and m.experts_per_token != 2, "must be 2 for sparsemixer"),
+        ("jitter", m.router == "sparsemixer" and not m.jitter, "must be above 0: without rivals no router learns"),
+        ("n_groups", m.n_experts % m.n_groups, f"must divide n_experts {m.n_experts}"),
+        ("groups_per_token", m.groups_per_token > m.n_groups, f"must be at most n_groups {m.n_groups}"),
+        ("groups_per_token", at_hand < m.experts_per_token,
+         f"must be more: a token meets {m.experts_per_token} experts, and these groups hold {at_hand}"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -133,3 +172,7 @@ class MLAConfig:
     """Numbers of a head that are turned by position; all heads share those of the key."""
     v_dim: int = 128
     """Numbers of a value in one head; head_dim - rope_dim numbers of a key are not turned."""
+
+    def __post_init__(self):
+        within(self, "model.mla", "kv_rank q_rank")
+        within(self, "model.mla", "rope_dim v_dim", low=1)

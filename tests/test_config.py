@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanomai.architecture import MLAConfig, MoEConfig
+from nanomai.architecture import MLAConfig, MoEConfig, SparseAttention
 from nanomai.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanomai.config_file import load_config
 from nanomai.model import Transformer, build_model
@@ -72,15 +72,28 @@ def knots(**changes) -> Config:
 
 MODEL_ERRORS = [
     ({"n_layers": 0}, "n_layers 0 must be above 0 and finite", "model.n_layers"),
-    ({"init_std": math.inf}, "init_std inf must be above 0 and finite", "model.init_std"),
-    ({"init_std": float("nan")}, "init_std nan must be above 0 and finite", "model.init_std"),
-    ({"n_heads": 4, "n_kv_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3; every key-value head must serve the "
-                                      "same number of query heads", "model.n_kv_heads"),
+    ({"init_std": 1.5}, "init_std 1.5 must be from 1e-06 to 1", "model.init_std"),
+    ({"init_std": float("nan")}, "init_std nan must be from 1e-06 to 1", "model.init_std"),
+    ({"norm_eps": 0.0}, "norm_eps 0.0 must be from 1e-12 to 1", "model.norm_eps"),
+    ({"logit_scale": 1e7}, "logit_scale 10000000.0 must be from 1e-06 to 1e+06", "model.logit_scale"),
+    ({"embedding_scale": -1.0}, "embedding_scale -1.0 must be from 1e-06 to 1e+06", "model.embedding_scale"),
+    ({"attention_scale": 0.0}, "attention_scale 0.0 must be from 1e-06 to 1e+06", "model.attention_scale"),
+    ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads 3 must divide n_heads 4: each serves as many query heads",
+     "model.n_kv_heads"),
     ({"head_dim": 7}, "head_dim 7 is odd; rotary positions turn pairs of numbers", "model.head_dim"),
     ({"sliding_window": 0}, "sliding_window 0 must be at least 1, or null", "model.sliding_window"),
-    ({"biases": ("head",)}, "a head bias needs tied_embeddings: false", "model.biases"),
+    ({"sparse": SparseAttention(block=2), "sliding_window": 4},
+     "sliding_window 4 must be null in a model with sparse layers", "model.sliding_window"),
+    ({"moe": MoEConfig(n_experts=4, d_expert=8, n_dense_layers=4)},
+     "moe.n_dense_layers 4 must be below n_layers 4, or no layer has experts", "model.moe.n_dense_layers"),
+    ({"biases": ("head",)}, "biases ('head',) need tied_embeddings: false for that of the head", "model.biases"),
 ]
 OTHER_ERRORS = [
+    (lambda: SparseAttention(block=-1), "block -1 must be at least 0", "model.sparse.block"),
+    (lambda: SparseAttention(vertical_stride=-1), "vertical_stride -1 must be at least 0",
+     "model.sparse.vertical_stride"),
+    (lambda: SparseAttention(local_blocks=0), "local_blocks 0 must be at least 1", "model.sparse.local_blocks"),
+    (lambda: SparseAttention(dense_every=1), "dense_every 1 must be at least 2", "model.sparse.dense_every"),
     (lambda: DataConfig(val_fraction=1.0), "val_fraction 1.0 must lie between 0 and 1", "data.val_fraction"),
     (lambda: DataConfig(workers=-1), "workers -1 must be 0 (one for each core) or more", "data.workers"),
     (lambda: OptimConfig(eps=0.0), "eps 0.0 must be above 0 and finite", "optim.eps"),

@@ -49,8 +49,7 @@ ERRORS = {
     "infinite": ("optim:\n  eps: .inf", "FILE:2: optim.eps: inf is not a finite number"),
     "infinite as text": ("optim:\n  eps: 1e999", "FILE:2: optim.eps: '1e999' is not a finite number"),
     "heads": ("model:\n  n_heads: 4\n  n_kv_heads: 3",
-              "FILE:3: model.n_kv_heads: n_heads 4 is not divisible by n_kv_heads 3; every key-value head must serve "
-              "the same number of query heads"),
+              "FILE:3: model.n_kv_heads: n_kv_heads 3 must divide n_heads 4: each serves as many query heads"),
     "batch": ("train:\n  batch_tokens: 1000", "FILE:2: train.batch_tokens: batch_tokens 1000 is not a multiple of the "
                                               "sequence length 256; the nearest is 1024"),
     "knots": ("optim:\n  lr: {5: 1e-3}", "FILE:2: optim.lr: lr {5: 0.001} must give its steps in rising order from 0"),
@@ -175,7 +174,8 @@ def configs(draw) -> Config:
     kv, t = draw(st.integers(1, 9)), draw(st.integers(1, 10**6))
     model = ModelConfig(
         n_layers=draw(whole), d_model=draw(whole), n_kv_heads=kv, n_heads=kv * draw(st.integers(1, 9)),
-        head_dim=2 * draw(whole), norm_eps=draw(positive), rope_theta=draw(positive), context_length=t,
+        head_dim=2 * draw(whole), norm_eps=draw(st.floats(1e-12, 1)), rope_theta=draw(st.floats(1, 1e12)),
+        context_length=t,
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])), tied_embeddings=draw(st.booleans()),
         activation=draw(st.sampled_from(["swiglu", "gelu", "relu2"])), sliding_window=draw(st.none() | whole),
         position=draw(st.sampled_from(["rope", "learned"])),

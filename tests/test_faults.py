@@ -261,8 +261,7 @@ BAD_YAML = {  # what is written in place of what, and the line that follows
     "duplicate key": ("steps: 12", "steps: 12, steps: 13", "bad.yaml:5: train.steps is given twice (first on line 5)"),
     "unknown key": ("steps: 12", "stepz: 12", "bad.yaml:5: unknown setting 'train.stepz'; did you mean 'steps'?"),
     "heads": ("n_heads: 2, n_kv_heads: 1", "n_heads: 3, n_kv_heads: 2",
-              "bad.yaml:1: model.n_kv_heads: n_heads 3 is not divisible by n_kv_heads 2; every key-value head must "
-              "serve the same number of query heads"),
+              "bad.yaml:1: model.n_kv_heads: n_kv_heads 2 must divide n_heads 3: each serves as many query heads"),
     "batch": ("batch_tokens: 256", "batch_tokens: 250", "bad.yaml:5: train.batch_tokens: batch_tokens 250 is not a "
               "multiple of the sequence length 32; the nearest is 256"),
 }
@@ -292,7 +291,7 @@ BAD_COMMANDS = {
     "typo of an option": ("sample runs/tiny --tempreature 1",
                           "Unrecognized options: --tempreature, 1; did you mean --temperature?"),
     "typo of a command": ("trian nano", "no command 'trian'; did you mean 'train'?"),
-    "heads": ("train tiny.yaml --model.n-kv-heads 3", "model: n_heads 2 is not divisible by n_kv_heads 3; "),
+    "heads": ("train tiny.yaml --model.n-kv-heads 3", "model: n_kv_heads 3 must divide n_heads 2: "),
     "batch": ("train tiny.yaml --train.batch-tokens 250",
               "batch_tokens 250 is not a multiple of the sequence length 32"),
     "knots": ("train tiny.yaml --train.batch-tokens 5 512 9 256",

@@ -311,7 +311,7 @@ FAULTS = {
                          "rope_type 'dynamic' is not one of default"),
     "no factor": (settings_changed(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' needs a factor"),
     "a ramp from nowhere": (settings_changed(rope_parameters={"rope_type": "yarn", "factor": 4, "beta_slow": 0}),
-                            "low_frequency 0.0 must lie above 0"),
+                            "low_frequency 0.0 must be from 1e-06"),
     "no size": (settings_changed(hidden_size=None), "config.json: hidden_size is missing"),
     "words": (settings_changed(num_hidden_layers="two"), "config.json: model.n_layers: 'two' is not a whole number"),
     "negative": (settings_changed(intermediate_size=-8), "model.d_ff: d_ff -8 must be above 0"),

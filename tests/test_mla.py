@@ -145,17 +145,22 @@ def test_a_compiled_block_is_the_eager_one():
     torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), wanting), expected)
 
 
-@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"sliding_window": 4}, {"biases": ("qkv",)},
-                                     {"qk_norm": True}, {"position": "learned"}, {"attention_scale": 0.1},
-                                     {"rotary_dim": 4}], ids=str)
-def test_what_it_cannot_be_put_together_with(changes):
-    message = ("latent attention turns by rope and has no groups (n_kv_heads = n_heads), window, biases, qk_norm, "
-               "rotary_dim or attention_scale here")
+@pytest.mark.parametrize("name, value, wanted", [
+    ("n_kv_heads", 2, 4), ("sliding_window", 4, "null"), ("biases", ("qkv",), ()), ("qk_norm", True, False),
+    ("position", "learned", "rope"), ("attention_scale", 0.1, "null"), ("rotary_dim", 4, "null")])
+def test_what_it_cannot_be_put_together_with(name, value, wanted):
+    message = f"{name} {value!r} must be {wanted} in a model with latent attention"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") as caught:
-        dataclasses.replace(LATENT, **changes)
-    assert caught.value.field == "model.mla.kv_rank"
+        dataclasses.replace(LATENT, **{name: value})
+    assert caught.value.field == f"model.{name}"
 
 
-def test_no_more_can_be_turned_than_a_head_has():
-    with pytest.raises(ConfigError, match=r"^12 numbers of a head are to be turned and it has 10$"):
-        config(rope_dim=12)
+@pytest.mark.parametrize("name, value, why", [
+    ("rope_dim", 12, "mla.rope_dim 12 must lie above 0, up to head_dim 10"),
+    ("rope_dim", 3, "mla.rope_dim 3 is odd; rotary positions turn pairs of numbers"),
+    ("rope_dim", -2, "rope_dim -2 must be at least 1"), ("v_dim", 0, "v_dim 0 must be at least 1"),
+    ("kv_rank", -8, "kv_rank -8 must be at least 0"), ("q_rank", -1, "q_rank -1 must be at least 0")])
+def test_impossible_settings(name, value, why):
+    with pytest.raises(ConfigError, match=f"^{re.escape(why)}$") as caught:
+        config(**{name: value})
+    assert caught.value.field == f"model.mla.{name}"

@@ -241,6 +241,12 @@ def test_sigmoid_router(n_groups, groups, biased):
     check(sigmoid_route(logits, config, bias, True), slow, logits)
 
 
+def test_hopeless_logits_are_numbers():
+    """Where every sigmoid rounds to 0, weights and scores are 0 and not 0 / 0."""
+    route = sigmoid_route(torch.full((2, 6), -200.0), SIGMOID, None, True)
+    assert not route.weights.any() and not route.scores.any()
+
+
 def test_the_bias_is_in_the_choice_alone():
     logits, bias = randn(50, 6), torch.zeros(6, dtype=torch.float64)
     bias[4] = 10.0  # expert 4 is taken by all
@@ -367,6 +373,7 @@ def test_routers_compute_in_float32():
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, x.float() @ moe.router.weight.T)
     assert layer(TINY).route(x.double()).logits.dtype == torch.float64
+    assert moe.route(x.double()).logits.dtype == torch.float64, "over float32 weights too"
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -394,8 +401,9 @@ def test_a_compiled_block_is_the_eager_one(name, training):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_the_host_never_waits_for_a_router(name):
     """On the meta device nothing has a value: forward, losses and backward ask for none."""
-    config = tiny(router=name, balance_loss=0.1, z_loss=0.1, n_shared_experts=1, **(
-        {"n_experts": 6, "n_groups": 3, "groups_per_token": 2} if name == "sigmoid" else {"jitter": 0.1}))
+    own = {"softmax": {}, "sparsemixer": {"jitter": 0.1}, "sigmoid": {"n_experts": 6, "n_groups": 3,
+                                                                      "groups_per_token": 2}}
+    config = tiny(router=name, balance_loss=0.1, z_loss=0.1, n_shared_experts=1, **own[name])
     with torch.device("meta"):
         moe, x = MoE(config), torch.empty(2, 8, 24, dtype=torch.bfloat16, requires_grad=True)
         moe(x, torch.ones(())).sum().backward()
@@ -778,26 +786,32 @@ def test_a_run_tells_how_uneven_its_experts_are(tmp_path, monkeypatch):
 
 # --- settings that cannot work
 
+GROUPED = {"router": "sigmoid"}
 ERRORS = [
     ({"experts_per_token": 0}, "experts_per_token 0 must be above 0 and finite", "experts_per_token"),
     ({"d_expert": 0}, "d_expert 0 must be above 0 and finite", "d_expert"),
     ({"n_experts": -1}, "n_experts -1 must be above 0 and finite", "n_experts"),
+    ({"n_shared_experts": -1}, "n_shared_experts -1 must be at least 0", "n_shared_experts"),
+    ({"n_dense_layers": -1}, "n_dense_layers -1 must be at least 0", "n_dense_layers"),
     ({"n_groups": 0}, "n_groups 0 must be above 0 and finite", "n_groups"),
     ({"groups_per_token": 0}, "groups_per_token 0 must be above 0 and finite", "groups_per_token"),
-    ({"weight_scale": math.inf}, "weight_scale inf must be above 0 and finite", "weight_scale"),
-    ({"experts_per_token": 5}, "experts_per_token 5 of n_experts 4: a token can meet each once", "experts_per_token"),
+    ({"weight_scale": math.inf}, "weight_scale inf must be from 1e-06 to 1e+06", "weight_scale"),
+    ({"experts_per_token": 5}, "experts_per_token 5 must be at most n_experts 4", "experts_per_token"),
     ({"router": "sparsemixer", "experts_per_token": 1, "jitter": 0.1},
-     "sparsemixer chooses 2 experts among rivals within jitter above 0, not 1 within 0.1", "experts_per_token"),
-    ({"router": "sparsemixer"},  # no rivals: the router would never learn
-     "sparsemixer chooses 2 experts among rivals within jitter above 0, not 2 within 0.0", "experts_per_token"),
-    ({"n_groups": 3}, "4 experts in 3 groups, 1 for a token: the groups must be alike, and so many, and hold enough",
-     "n_groups"),
-    ({"n_groups": 2, "groups_per_token": 3},
-     "4 experts in 2 groups, 3 for a token: the groups must be alike, and so many, and hold enough", "n_groups"),
-    ({"n_groups": 4}, "4 experts in 4 groups, 1 for a token: the groups must be alike, and so many, and hold enough",
-     "n_groups"),
-    ({"z_loss": -1.0}, "balance_loss, z_loss and bias_speed must not be negative", "balance_loss"),
-    ({"bias_speed": 0.1}, "bias_speed moves the selection bias of the sigmoid router; softmax has none", "bias_speed"),
+     "experts_per_token 1 must be 2 for sparsemixer", "experts_per_token"),
+    ({"router": "sparsemixer"},
+     "jitter 0.0 must be above 0: without rivals no router learns", "jitter"),
+    (GROUPED | {"n_groups": 3}, "n_groups 3 must divide n_experts 4", "n_groups"),
+    (GROUPED | {"n_groups": 2, "groups_per_token": 3}, "groups_per_token 3 must be at most n_groups 2",
+     "groups_per_token"),
+    (GROUPED | {"n_groups": 4}, "groups_per_token 1 must be more: a token meets 2 experts, and these groups hold 1",
+     "groups_per_token"),
+    ({"z_loss": -1.0}, "z_loss -1.0 must be from 0 to 1e+06", "z_loss"),
+    ({"balance_loss": 1e300}, "balance_loss 1e+300 must be from 0 to 1e+06", "balance_loss"),
+    ({"bias_speed": 0.1}, "bias_speed 0.1 has no effect without router: sigmoid", "bias_speed"),
+    ({"n_groups": 2}, "n_groups 2 has no effect without router: sigmoid", "n_groups"),
+    ({"weight_scale": 2.5}, "weight_scale 2.5 has no effect without router: sigmoid", "weight_scale"),
+    (GROUPED | {"jitter": 0.1}, "jitter 0.1 has no effect without router: sparsemixer", "jitter"),
 ]
 
 

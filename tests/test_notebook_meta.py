@@ -78,7 +78,7 @@ BUGS = {
         Bug("LayerNorm without its bias", "ops.py",
             "weight.to(x.dtype), bias.to(x.dtype), eps)", "weight.to(x.dtype), 0 * bias.to(x.dtype), eps)", soak=True),
         Bug("partial rotary turns whole heads", "architecture.py",
-            "else self.rotary_dim or self.head_dim", "else self.head_dim", soak=True),
+            "self.head_dim if self.rotary_dim is None else self.rotary_dim", "self.head_dim", soak=True),
         Bug("a window costs as much as none", "architecture.py",
             "seen = 2 * window - window * window // t", "seen = t", soak=True),
         Bug("latents: the shared key is not cached", "architecture.py",

@@ -9,7 +9,7 @@ import torch
 from random_model import CONTEXT, TINY, greedy, ids, random_model
 
 from nanomai import ops, rope
-from nanomai.architecture import ConfigError, ModelConfig, RopeScaling, SparseAttention
+from nanomai.architecture import ConfigError, ModelConfig, RopeScaling
 from nanomai.model import Transformer
 from nanomai.sampling import KVCache, generate
 
@@ -238,40 +238,47 @@ def test_a_cache_of_short_keys_is_refused_beyond():
 
 # --- settings that cannot work
 
-ERRORS = [
-    ({"rope_scaling": RopeScaling("linear")},
-     "original_context 0 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
-    ({"rope_scaling": RopeScaling("llama3", original_context=25)},
-     "original_context 25 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
-    ({"rope_scaling": dataclasses.replace(LONGROPE, long_factors=(1.0, 2.0))},
-     "longrope has 3 short and 2 long factors; a head has 3 pairs", "rope_scaling.long_factors"),
-    ({"rope_scaling": LONGROPE, "rotary_dim": 4},
-     "longrope has 3 short and 3 long factors; a head has 2 pairs", "rope_scaling.long_factors"),
-    ({"rope_scaling": RopeScaling("linear", 8, factor=0.0)},
-     "factor 0.0 must be above 0, and ntk needs two pairs to turn", "rope_scaling.factor"),
-    ({"rope_scaling": RopeScaling("ntk", 8, factor=2.0), "rotary_dim": 2},
-     "factor 2.0 must be above 0, and ntk needs two pairs to turn", "rope_scaling.factor"),
-    ({"sparse": SparseAttention(block=2, dense_every=0)},
-     "dense_every and local_blocks must be at least 1, and sliding_window null", "sparse.dense_every"),
-    ({"sparse": SparseAttention(block=2), "sliding_window": 4},
-     "dense_every and local_blocks must be at least 1, and sliding_window null", "sparse.dense_every"),
-    ({"rope_scaling": dataclasses.replace(LONGROPE, original_context=1, attention_factor=None)},
-     "an original_context of 1 needs an attention_factor", "rope_scaling.attention_factor"),
-    ({"rope_scaling": RopeScaling("yarn", 8, 3.0, low_frequency=32.0, high_frequency=1.0)},
-     "low_frequency 32.0 must lie above 0, below high_frequency 1.0", "rope_scaling.low_frequency"),
-    ({"rope_scaling": RopeScaling("llama3", 8, 3.0, low_frequency=4.0)},
-     "low_frequency 4.0 must lie above 0, below high_frequency 4.0", "rope_scaling.low_frequency"),
-    ({"rope_scaling": RopeScaling("yarn", 8, 3.0), "rope_theta": 1.0},
+LINEAR, LONG = {"kind": "linear", "original_context": ORIGINAL}, dataclasses.asdict(LONGROPE)
+ERRORS = [  # of the scaling, of the model
+    (LINEAR | {"original_context": 0}, {},
+     "rope_scaling.original_context 0 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
+    (LINEAR | {"original_context": 25}, {},
+     "rope_scaling.original_context 25 must lie above 0, up to context_length 24", "rope_scaling.original_context"),
+    (LINEAR | {"factor": -1.0}, {}, "factor -1.0 must be from 1e-06 to 1e+06", "rope_scaling.factor"),
+    (LINEAR | {"kind": "ntk", "factor": 1e300}, {}, "factor 1e+300 must be from 1e-06 to 1e+06", "rope_scaling.factor"),
+    (LINEAR | {"kind": "ntk"}, {"rotary_dim": 2}, "rope_scaling.kind 'ntk' needs 4 numbers of a head to turn, not 2",
+     "rope_scaling.kind"),
+    (LINEAR | {"kind": "yarn", "low_frequency": 32.0}, {}, "low_frequency 32.0 must be below high_frequency 4.0",
+     "rope_scaling.low_frequency"),
+    (LINEAR | {"kind": "llama3", "low_frequency": 4.0}, {}, "low_frequency 4.0 must be below high_frequency 4.0",
+     "rope_scaling.low_frequency"),
+    (LINEAR | {"kind": "yarn", "mscale": -1.0}, {}, "mscale -1.0 must be from 0 to 1e+06", "rope_scaling.mscale"),
+    (LINEAR | {"kind": "yarn"}, {"rope_theta": 1.0},
      "rope_theta 1.0 must be above 1 for yarn: it counts the pairs from fast to slow", "rope_theta"),
-    ({"rotary_dim": 5}, "rotary_dim 5 is odd; rotary positions turn pairs of numbers", "rotary_dim"),
-    ({"rotary_dim": 8}, "8 numbers of a head are to be turned and it has 6", "rotary_dim"),
-    ({"rotary_dim": -2}, "-2 numbers of a head are to be turned and it has 6", "rotary_dim"),
-    ({"rope_theta": 0.0}, "rope_theta 0.0 must be above 0 and finite", "rope_theta"),
+    (LONG | {"long_factors": (1.0, 2.0)}, {},
+     "rope_scaling.long_factors (1.0, 2.0) must be 3 numbers, one for each pair that turns",
+     "rope_scaling.long_factors"),
+    (LONG, {"rotary_dim": 4},
+     "rope_scaling.short_factors (1.0, 1.1, 1.3) must be 2 numbers, one for each pair that turns",
+     "rope_scaling.short_factors"),
+    (LONG | {"short_factors": (1.0, 0.0, 1.0)}, {}, "short_factors (1.0, 0.0, 1.0) must be from 1e-06 to 1e+06",
+     "rope_scaling.short_factors"),
+    (LONG | {"attention_factor": 0.0}, {}, "attention_factor 0.0 must be from 1e-06 to 1e+06",
+     "rope_scaling.attention_factor"),
+    (LONG | {"original_context": 1}, {}, "rope_scaling.attention_factor None must be given where original_context is 1",
+     "rope_scaling.attention_factor"),
+    (LINEAR, {"position": "learned"}, "rope_scaling.kind 'linear' has no effect without position: rope",
+     "rope_scaling.kind"),
+    ({}, {"position": "learned", "rotary_dim": 4}, "rotary_dim 4 has no effect without position: rope", "rotary_dim"),
+    ({}, {"rotary_dim": 5}, "rotary_dim 5 is odd; rotary positions turn pairs of numbers", "rotary_dim"),
+    ({}, {"rotary_dim": 8}, "rotary_dim 8 must lie above 0, up to head_dim 6", "rotary_dim"),
+    ({}, {"rotary_dim": 0}, "rotary_dim 0 must lie above 0, up to head_dim 6", "rotary_dim"),
+    ({}, {"rope_theta": 0.0}, "rope_theta 0.0 must be from 1 to 1e+12", "rope_theta"),
 ]
 
 
-@pytest.mark.parametrize("changes, message, field", ERRORS)
-def test_impossible_settings(changes, message, field):
+@pytest.mark.parametrize("scaling, changes, message, field", ERRORS)
+def test_impossible_settings(scaling, changes, message, field):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") as caught:
-        dataclasses.replace(QUICK, **changes)
+        dataclasses.replace(QUICK, rope_scaling=RopeScaling(**scaling), **changes)
     assert caught.value.field == f"model.{field}"
