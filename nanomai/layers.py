@@ -53,6 +53,7 @@ class RMSNorm(Part):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x (..., D), and residual like it -> (..., D), or two of them."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, self.impl("rms_norm"))
         return ops.add_rms_norm(x, residual, self.weight, self.eps, self.impl("rms_norm"))

@@ -33,6 +33,7 @@ class LatentAttention(Part):
         self.wo = Linear(h * self.mla.v_dim, d, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache=None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), as in `Attention`; the cache takes latents and turned keys."""
         plain, turned = self.plain_dim, self.mla.rope_dim
         latent = self.q_norm(self.wq_down(x)) if self.mla.q_rank else x
         q = rearrange(self.wq(latent), "b t (h k) -> b h t k", h=self.n_heads)  # (B, H, T, K)

@@ -36,7 +36,7 @@ class Attention(Part):
         d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.head_dim, self.eps = config.head_dim, config.norm_eps
         # the scores are divided by sqrt(K) where they are made
-        self.q_scale = (config.attention_scale or 0) * math.sqrt(config.head_dim) or 1.0
+        self.q_scale = 1.0 if config.attention_scale is None else config.attention_scale * math.sqrt(config.head_dim)
         self.wq = Linear(d, q, bias="qkv" in config.biases)
         self.wk = Linear(d, kv, bias="qkv" in config.biases)
         self.wv = Linear(d, kv, bias="qkv" in config.biases)
@@ -45,12 +45,18 @@ class Attention(Part):
                                     for _ in range(2))
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask, cache=None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). `rotary`: cosines and sines (T, pairs), or (B, 1, T, pairs); `mask`: see masks.py.
+
+        `cache`, a layer's, is given the keys and values of x and gives back those of the past as well.
+        """
         q = rearrange(self.wq(x), "b t (h k) -> b h t k", k=self.head_dim)  # (B, H, T, K)
         k = rearrange(self.wk(x), "b t (g k) -> b g t k", k=self.head_dim)  # (B, G, T, K)
         v = rearrange(self.wv(x), "b t (g k) -> b g t k", k=self.head_dim)
         if rotary is not None:
             weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
             q, k = ops.qk_rotary(q, k, *rotary, *weights, self.eps, self.impl("rotary"))
+        elif self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.q_scale != 1:
             q = q * self.q_scale
         if cache is not None:
@@ -78,6 +84,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask, cache=None,
                 aux_scale: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); `aux_scale` is for the routers' losses, the rest for attention."""
         aux = (aux_scale,) if isinstance(self.mlp, MoE) else ()
         h = self.attention_norm(x)
         y = self.attention(h, rotary, mask, cache)
@@ -91,6 +98,7 @@ class LinearCrossEntropy(Part):
     """The head and the loss as one module without weights, so that it can be compiled as a block can."""
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,), bias (V,) -> the sum of the cross-entropies, in nats: ()"""
         return ops.linear_cross_entropy(hidden, weight, targets, bias, self.impl("linear_cross_entropy"))
 
 
@@ -132,11 +140,13 @@ class Transformer(Part):
             raise ValueError(f"reduction {reduction!r} must be 'mean' or 'sum'")
         if document_ids is not None and document_ids.shape != ids.shape:
             raise ValueError(f"document_ids {tuple(document_ids.shape)} must have the shape of ids, {tuple(ids.shape)}")
-        x, rotary, masks = self._enter(ids, document_ids, cache)
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids cannot be given with a cache: each of its rows is one document")
+        x, rotary, dense_mask, sparse_mask = self._enter(ids, document_ids, cache)
         count = None if targets is None else (targets != ops.IGNORE).sum()
         aux_scale = self._aux_scale(count, reduction)
         for i, block in zip(map(int, self.blocks), self.blocks.values(), strict=True):
-            mask = masks[self.config.is_sparse(i)]
+            mask = sparse_mask if self.config.is_sparse(i) else dense_mask
             x = block(x, rotary, mask, None if cache is None else cache.layers[i], aux_scale)
         x = self.norm(x[:, -1:] if last_only else x)
         if self.config.logit_scale != 1:
@@ -155,7 +165,7 @@ class Transformer(Part):
         return count.float() if reduction == "sum" else torch.ones((), device=count.device)
 
     def _enter(self, ids: Tensor, document_ids: Tensor | None, cache):
-        """Embeddings, the rotation of every position, and who may look at whom in a dense and in a sparse layer."""
+        """Embeddings (B, T, D), the rotation of every position, and the masks of dense and of sparse layers."""
         config, (_, t) = self.config, ids.shape
         keys = torch.arange(t, device=ids.device) if cache is None else cache.key_positions(t)
         positions = keys[..., -t:]  # (T,), or (B, T) where rows of a cache began at different places
@@ -163,6 +173,8 @@ class Transformer(Part):
         if config.embedding_scale != 1:
             x = x * config.embedding_scale
         if self.positions is not None:
+            if (length := keys.shape[-1]) > config.context_length:
+                raise ValueError(f"{length} tokens: learned positions end at context_length {config.context_length}")
             x = x + self.positions(positions.clamp_min(0)).to(x.dtype)
         rotary = None
         if config.position == "rope":
@@ -172,7 +184,7 @@ class Transformer(Part):
         else:
             impl = "torch" if config.mla.kv_rank or x.dtype == torch.float64 else self.impl("masked_attention")
             mask = training_mask(positions, config.sliding_window, document_ids, config.head_dim, impl)
-        return x, rotary, (mask, self._sparse_mask(positions, keys, document_ids, cache))
+        return x, rotary, mask, self._sparse_mask(positions, keys, document_ids, cache)
 
     def _rotary(self, positions: Tensor, length: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines in a text of `length` tokens, the last `new` of which are at `positions`."""
@@ -209,6 +221,8 @@ def init_weights(model: Transformer, seed: int = 1337) -> None:
     holds any slice of a 500B model can draw its own numbers, and 1 rank or 4,096 begin with the same model.
     """
     config = model.config
+    for buffer in model.buffers():  # the selection bias and load of a router
+        buffer.zero_()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)

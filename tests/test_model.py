@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanomai.architecture import MoEConfig
 from nanomai.config import ModelConfig
 from nanomai.model import ROWS, Transformer, build_model, init_weights
+from nanomai.sampling import KVCache
 
 TINY = ModelConfig(n_layers=2, d_model=24, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=40, vocab_size=97,
                    context_length=16)
@@ -95,6 +97,37 @@ def test_another_reduction_is_refused():
 
 
 @torch.no_grad()
+def test_more_than_a_table_of_positions_holds_is_refused():
+    model = build_model(tiny("gpt2"))
+    cache = KVCache(model, 1, 20)
+    model(ids(1, 16), cache=cache)
+    for call in (lambda: model(ids(1, 17)), lambda: model(ids(1, 1), cache=cache)):
+        with pytest.raises(ValueError, match=r"^17 tokens: learned positions end at context_length 16$"):
+            call()
+
+
+def test_documents_in_a_cache_are_refused():
+    model, x = build_model(TINY), ids(1, 4)
+    with pytest.raises(ValueError, match=r"^document_ids cannot be given with a cache: each of its rows is one "):
+        model(x, document_ids=torch.zeros_like(x), cache=KVCache(model, 1, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_qk_norm_makes_the_length_of_queries_and_keys_of_no_account(name):
+    """Whether they are turned afterwards or not; and its weights are part of the scores."""
+    config = tiny(name, qk_norm=True, biases=())
+    model, x = shaken(config), ids()
+    before = model(x)
+    for block in model.blocks.values():
+        block.attention.wq.weight.mul_(4.0)
+        block.attention.wk.weight.mul_(3.0)
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+    model.blocks["0"].attention.k_norm.weight.mul_(2.0)
+    assert not torch.isclose(model(x), before, rtol=1e-3, atol=1e-3).all()
+
+
+@torch.no_grad()
 def test_the_last_logits_alone():
     model, x = shaken(tiny()), ids()
     last = model(x, last_only=True)
@@ -173,6 +206,23 @@ def test_initial_weights_depend_on_seed_name_and_block_alone():
     assert len({piece.flatten()[0].item() for piece in pieces}) == len(pieces), "no two blocks share their numbers"
     other = dict(build_model(config, seed=6).named_parameters())
     assert not any(torch.equal(other[name], p) for name, p in small.items() if p.ndim == 2)
+
+
+def test_init_leaves_nothing_to_chance():
+    """Neither in parameters nor in buffers: `to_empty` hands out whatever stood in memory."""
+    config = tiny(moe=MoEConfig(n_experts=4, d_expert=8, router="sigmoid"))
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.fill_(torch.nan)
+    init_weights(model)
+    assert "blocks.0.mlp.selection_bias" in tensors
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    expected = build_model(config).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_init_leaves_the_global_generator_alone():
