@@ -111,10 +111,11 @@ def _read_flags(kind: type, arguments: list[str], prog: str, **options):
     """An instance of the dataclass `kind` from its flags. tyro's box of complaints becomes one line."""
     import tyro
 
+    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,), **options)
+            return tyro.cli(kind, args=arguments, prog=prog, config=markers, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -193,9 +194,12 @@ def _eval(arguments: list[str]) -> int:
         text = _read_text(options.text)
         result, text = evaluate_text(model, tokenizer, text), text.encode()
     else:
+        data = read_state(newest(find_run(options.run) / "checkpoints")[0])["data"]
+        if data is None:
+            raise ConfigError(f"{options.run} was imported, so it has no validation split; measure on --text FILE")
         prepared = prepare(config.data, config.model.vocab_size, show=not options.json)
         now = prepared.loader(config.sequence_length, config.data.seed, verify=False).identity
-        if read_state(newest(find_run(options.run) / "checkpoints")[0])["data"] != now:
+        if data != now:
             raise ConfigError(f"corpus {config.data.corpus!r} has changed since this run; measure on --text FILE")
         validation = prepared.validation(config.sequence_length)
         result = evaluate(model, tokenizer, validation.batches(batch_size=16))
@@ -213,7 +217,7 @@ def _import(arguments: list[str]) -> int:
     options = _parse(Import, arguments, "import")
     from nanomai.hub import import_run
 
-    print(f"{import_run(options.folder, options.out)}: a run, to sample from or to begin with (--train.init-from)")
+    print(f"{import_run(options.dir, options.out)}: a run, to sample from or to begin with (--train.init-from)")
     return 0
 
 
@@ -221,12 +225,15 @@ def _export(arguments: list[str]) -> int:
     options = _parse(Export, arguments, "export")
     import torch
 
-    from nanomai.hub import to_hf
+    from nanomai.hub import caution, to_hf
     from nanomai.runs import load_run
 
     model, tokenizer, _ = load_run(options.run)
     folder = to_hf(model, options.out, tokenizer, getattr(torch, options.dtype), options.architecture)
-    print(f"{folder}: {json.loads((folder / 'config.json').read_text())['architectures'][0]}")
+    settings = json.loads((folder / "config.json").read_text())
+    print(f"{folder}: {settings['architectures'][0]}")
+    if said := caution(settings):
+        print(f"nanomai: {said}", file=sys.stderr)
     return 0
 
 

@@ -62,7 +62,7 @@ class Eval:
 class Import:
     """Make a run of a Hugging Face folder: config.json, safetensors, tokenizer.json."""
 
-    folder: str
+    dir: str
     """The folder to read."""
     out: str
     """The run folder to make."""

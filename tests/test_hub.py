@@ -1,6 +1,8 @@
 """Folders of `transformers`, read and written; wrong and hostile ones each refused in one line, with nothing left."""
 
+import contextlib
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -19,6 +21,7 @@ from nanomai import cli
 from nanomai.config import ModelConfig
 from nanomai.config_file import load_config
 from nanomai.hub import HubError, folders, from_hf, import_run, read_model, to_hf
+from nanomai.hub.families import FAMILIES, REQUIRED
 from nanomai.hub.settings import config_of, settings_of
 from nanomai.hub.vocabulary import GPT2_PATTERN, merges_of, read_tokenizer, write_tokenizer
 from nanomai.model import build_model
@@ -288,11 +291,38 @@ def drop(name):
     return lambda folder: (folder / name).unlink()
 
 
+def in_two_files(weight_map):
+    """A norm of ones in the second file too, and an index."""
+    def plant(folder):
+        save_file({NORM: torch.ones(24)}, folder / "second.safetensors")
+        indexed(weight_map | {"x": "model.safetensors", "y": "second.safetensors"})(folder)
+    return plant
+
+
+def another_head(folder):
+    settings_changed(tie_word_embeddings=False)(folder)
+    put("model.embed_tokens.weight", torch.Tensor.clone)(folder)
+    tensors_changed(lambda tensors: tensors.update(weight=tensors["model.embed_tokens.weight"].clone()))(folder)
+
+
+def replaced(make):
+    """Something else than a file in the place of config.json."""
+    def plant(folder):
+        (folder / "config.json").unlink()
+        make(folder / "config.json")
+    return plant
+
+
+def scaled(kind, **more):
+    return settings_changed(rope_parameters={"rope_type": kind, "rope_theta": 1e4} | more)
+
+
 def only_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"
+LONG = "x" * 100_000
 HUGE = json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}})
 FAULTS = {
     "missing": (tensors_changed(lambda t: t.pop(UP)), f"tensor '{UP}' is missing"),
@@ -309,14 +339,34 @@ FAULTS = {
     "quantised": (settings_changed(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
     "another rotation": (settings_changed(rope_parameters={"rope_type": "dynamic"}),
                          "rope_type 'dynamic' is not one of default"),
-    "no factor": (settings_changed(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' needs a factor"),
+    "no factor": (settings_changed(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' needs factor"),
     "a ramp from nowhere": (settings_changed(rope_parameters={"rope_type": "yarn", "factor": 4, "beta_slow": 0}),
                             "low_frequency 0.0 must be from 1e-06"),
     "no size": (settings_changed(hidden_size=None), "config.json: hidden_size is missing"),
-    "words": (settings_changed(num_hidden_layers="two"), "config.json: model.n_layers: 'two' is not a whole number"),
+    "words": (settings_changed(num_hidden_layers="two"), "json: num_hidden_layers is 'two', and must be a number"),
     "negative": (settings_changed(intermediate_size=-8), "model.d_ff: d_ff -8 must be above 0"),
+    "a word for a switch": (settings_changed(attention_bias="no"), "attention_bias is 'no', and must be true or false"),
+    "a word for a number": (settings_changed(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', and must be a number"),
+    "a switch for a number": (settings_changed(num_key_value_heads=True), "num_key_value_heads is True, and must be a"),
+    "a word for a base": (settings_changed(rope_parameters={"rope_theta": "1e4"}), "rope_theta is '1e4', and must be"),
+    "no slow waves": (scaled("llama3", factor=8.0), "rope_type 'llama3' needs low_freq_factor"),
+    "no long factors": (scaled("longrope", short_factor=[1.0] * 3), "rope_type 'longrope' needs long_factor"),
+    "words for factors": (scaled("longrope", short_factor=["1"]), "short_factor is ['1'], and must be a list of numb"),
+    "a long class": (settings_changed(architectures=[LONG]), "architecture 'xxxxx"),
+    "a long value": (settings_changed(hidden_act=LONG), "hidden_act is 'xxxxx"),
+    "a long kind": (scaled(LONG), "rope_type 'xxxxx"),
+    "a long number": (settings_changed(intermediate_size=-10**4000), "config.json: model.d_ff: -10000"),
+    "a long tensor": (tensors_changed(lambda t: t.update({LONG: torch.zeros(1)})), "tensor 'xxxxx"),
+    "a long file": (indexed({UP: LONG}), "index.json: 'xxxxx"),
+    "a pipe": (replaced(os.mkfifo), "config.json is not a file of at most 268,435,456 bytes"),
+    "a device": (replaced(lambda path: path.symlink_to("/dev/zero")), "config.json is not a file of at most"),
+    "a large file": (lambda folder: os.truncate(folder / "config.json", 2**29), "config.json is not a file of at most"),
+    "in two files": (in_two_files({}), f"tensor '{NORM}' is in two files, and model.safetensors.index.json names"),
+    "in another file": (in_two_files({NORM: "model.safetensors", UP: "second.safetensors"}),
+                        f"tensor '{UP}' is missing"),
+    "another head": (another_head, "tensor 'lm_head.weight' is missing"),
     "a list for a name": (settings_changed(architectures=[["x"]]), "config.json holds a value of the wrong kind"),
-    "a mapping for a name": (settings_changed(rope_parameters={"rope_type": {}}), "a value of the wrong kind"),
+    "a mapping for a name": (settings_changed(rope_parameters={"rope_type": {}}), "rope_type {} is not one of"),
     "more tokens than rows": (lambda folder: write_tokenizer(small_tokenizer(), folder, 32),
                               "tokenizer.json has 300 tokens, and the model knows 257"),
     "a far id": (lambda folder: spoil(folder, "tokenizer.json", lambda saved: saved["added_tokens"][0].update(
@@ -425,14 +475,86 @@ def test_what_stands_there_stays(copied, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_a_full_disk_leaves_nothing(copied, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+def test_the_index_says_which_of_two(copied):
+    before = read_model(copied).state_dict()["blocks.0.attention_norm.weight"]
+    save_file({NORM: before.repeat(2)[:24] + 1}, copied / "second.safetensors")
+    for name, added in (("model.safetensors", 0), ("second.safetensors", 1)):
+        indexed({NORM: name, "x": "model.safetensors", "y": "second.safetensors"})(copied)
+        assert torch.equal(read_model(copied).state_dict()["blocks.0.attention_norm.weight"], before + added)
 
-    monkeypatch.setattr(folders, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        to_hf(read_model(copied), tmp_path / "out")
+
+@contextlib.contextmanager
+def small_files(most):
+    """The system refuses what reaches beyond so many bytes of a file, as it does on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_nothing(copied, tmp_path):
+    model = read_model(copied)
+    with small_files(20_000):  # fewer than the embedding has
+        with pytest.raises(HubError, match="out cannot be written: File too large") as exported:
+            to_hf(model, tmp_path / "out")
+        with pytest.raises(HubError, match="run cannot be written: File too large") as imported:
+            import_run(copied, tmp_path / "run")
+    assert "\n" not in f"{exported.value}{imported.value}"
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_disk_that_the_checkpoint_fills(copied, tmp_path):
+    with small_files(60_000), pytest.raises(HubError, match=r"run cannot be written: File too large$"):
+        import_run(copied, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["llama"]
+
+
+def test_where_a_run_may_appear(copied, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["import", "../llama", "."]) == 1
+    assert capsys.readouterr().err == "nanomai: . exists already; choose another folder\n"
+    assert cli.main(["import", "../llama", "../llama/run"]) == 1
+    assert "../llama/run lies in ../llama, which is read" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = import_run("~/llama", "~/run")
+    assert run == tmp_path / "run" and nanomai.load_run(run).config.data.tokenizer == str(run / "tokenizer.json")
+    assert to_hf(read_model("~/llama"), "~/out") == tmp_path / "out"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "llama", "out", "run"]
+
+
+def test_an_imported_run_is_measured_on_a_text(copied, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    import_run("llama", "run")
+    assert cli.main(["eval", "run"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "nanomai: run was imported, so it has no validation split; measure on --text FILE\n"
+    assert said.out == "" and not Path("data").exists()
+    Path("text").write_text("the cat sat on the mat\n" * 40)
+    assert cli.main(["eval", "run", "--text", "text"]) == 0
+
+
+def test_phimoe_is_another_model_in_transformers_beyond_its_first_context(tmp_path, monkeypatch, capsys):
+    """reference("phi-3.5-moe-long") has rotations of its own; theirs keep to the short factors."""
+    monkeypatch.chdir(tmp_path)
+    for case, cautioned in (("phi-3.5-moe-long", True), ("phi-3.5-moe", False), ("phi-3-long", False)):
+        reference(case).save_pretrained(case)
+        model = read_model(case)
+        monkeypatch.setattr("nanomai.runs.load_run", lambda run, model=model: (model, None, None))
+        assert cli.main(["export", "run", f"out-{case}"]) == 0
+        assert ("nanomai: PhimoeForCausalLM of transformers keeps to the short factors of LongRoPE: beyond 12 tokens "
+                "it computes something else" in capsys.readouterr().err) == cautioned
+
+
+@pytest.mark.parametrize("command, names", [("import", "DIR OUT"), ("export", "RUN OUT"), ("sample", "RUN")])
+def test_help_names_what_is_given(command, names, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert f" {names}" in said.splitlines()[0] and "STR STR" not in said
 
 
 def test_a_tokenizer_of_another_model(copied, tmp_path):
@@ -443,17 +565,6 @@ def test_a_tokenizer_of_another_model(copied, tmp_path):
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes, lost", [
-    ({"qk_norm": True}, "LlamaForCausalLM would be it without its qk_norm True"),
-    ({"activation": "relu2"}, "without its activation 'relu2'"), ({"logit_scale": 0.5}, "without its logit_scale 0.5"),
-    ({"biases": ("qkv",)}, "without its biases ['qkv']"),
-])
-def test_a_model_that_no_class_is(changes, lost):
-    with pytest.raises(HubError) as caught:
-        settings_of(ModelConfig(**changes))
-    assert lost in str(caught.value)
 
 
 @pytest.mark.parametrize("name, architecture", [
@@ -499,6 +610,28 @@ def test_yarn_as_deepseek_v3_writes_it():
     few = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40, "beta_fast": None, "mscale": 1.0,
            "mscale_all_dim": 1.0}
     assert config_of(old | {"original_max_position_embeddings": 4096, "rope_parameters": few})[1] == config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_file_leaves_out(name):
+    """It means what the class of transformers means, where the shapes of tensors do not tell."""
+    theirs = getattr(hf, name.replace("ForCausalLM", "Config").replace("LMHeadModel", "Config"))().to_dict()
+    theirs["architectures"] = [name]
+    family = FAMILIES[name]
+    told = {"intermediate_size", "moe_intermediate_size", "num_local_experts"}
+    required = {key for key, ours in family.settings.items() if ours in REQUIRED or key in told}
+    kept = required | {"architectures"}
+    assert config_of({key: value for key, value in theirs.items() if key in kept}) == config_of(theirs)
+
+
+def test_the_outer_original_context_is_theirs_by_default(tmp_path):
+    """Phi-3's class has 4096 there, whatever stands among the rotations."""
+    theirs = reference("phi-3-long")
+    settings = theirs.config.to_dict() | {"architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 8192}
+    del settings["original_max_position_embeddings"]
+    assert settings["rope_parameters"]["original_max_position_embeddings"] == 12
+    assert config_of(settings)[1].rope_scaling.original_context == 4096
+    assert hf.Phi3Config(**settings).rope_parameters["original_max_position_embeddings"] == 4096
 
 
 def test_names_without_their_first_word(tmp_path):

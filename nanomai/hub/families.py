@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,21 +18,31 @@ from torch import Tensor
 
 from nanomai.architecture import ModelConfig
 
+MOST_JSON = 2**28  # bytes: tokenizers and indices of the largest models have a tenth of it
+
 
 class HubError(ValueError):
     """A folder, file or model that cannot be imported or exported: one line that names it and says what to do."""
 
 
+def cut(text: str, most: int = 60) -> str:
+    """What others wrote, short enough for a line of ours."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file, or HubError."""
+    """A JSON object of a file, or HubError. A pipe, or a device without an end, is not read."""
+    value = None
     try:
-        value = json.loads(path.read_bytes())
+        there = path.stat()
+        usual = stat.S_ISREG(there.st_mode) and there.st_size <= MOST_JSON
+        value = json.loads(path.read_bytes()) if usual else None
     except OSError as error:
         raise HubError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        value = None
+        pass
     if not isinstance(value, dict):
-        raise HubError(f"{path} is not a JSON object")
+        raise HubError(f"{path} is not {'a JSON object' if usual else f'a file of at most {MOST_JSON:,} bytes'}")
     return value
 
 
@@ -45,22 +56,33 @@ class Family:
     modules: dict[str, str]
     """Our module: theirs. Several of ours with one of theirs are fused, row after row, in our model's order."""
     settings: dict[str, str]
-    """Their setting: ours, or several of ours with one value."""
+    """Their setting: ours."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """What a setting means that config.json leaves out."""
     demands: dict[str, tuple] = field(default_factory=dict)
     """Settings of theirs that must have one of these values here; the first one is written."""
     biases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Their switch: the biases that it turns on."""
+    needs: tuple[str, ...] = ()
+    """Ours that cannot be 0 there."""
+    scalings: tuple[str, ...] = ("linear", "llama3", "yarn", "longrope")
+    whole_heads: bool = False
+    """d_model must be divisible by n_heads, even where head_dim says how wide a head is."""
     layers: str = "model.layers"
     transposed: bool = False
     """Their projections are stored (in, out)."""
     paired: tuple[str, ...] = ()
     """Modules of ours whose turned rows are neighbours there and halves here."""
+    unturned: str | None = None
+    """Their setting for the numbers of a head that are not turned: beside mla.rope_dim, in place of head_dim."""
+    predicts: bool = False
+    """Files hold layers beyond the last, which predict further tokens."""
     partial: float | None = None
     """The share of a head that is turned, where config.json leaves it out; None: all of it, always."""
     mscale: bool = False
     """LongRoPE's attention factor is given twice, for short and for long texts."""
+    short_only: bool = False
+    """transformers turns by LongRoPE's short factors, however long the text is."""
 
 
 _SIZES = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layers",
@@ -83,19 +105,19 @@ _MIXTRAL = _ENDS | _NORMS | _ATTENTION | {
 _PHI3 = _LLAMA | dict.fromkeys(("attention.wq", "attention.wk", "attention.wv"), "self_attn.qkv_proj") | dict.fromkeys(
     ("mlp.w_gate", "mlp.w_up"), "mlp.gate_up_proj")
 _MIXTURE = {"num_local_experts": "moe.n_experts", "num_experts_per_tok": "moe.experts_per_token",
-            "intermediate_size": "d_ff moe.d_expert", "sliding_window": "sliding_window"}
+            "intermediate_size": "moe.d_expert", "sliding_window": "sliding_window"}
 
 # In the order in which an export tries them: the plainest first.
 FAMILIES = {
     "LlamaForCausalLM": Family(
         "llama", {}, _LLAMA, _SIZES | {"head_dim": "head_dim"}, demands=_SILU,
-        biases={"attention_bias": ("qkv", "out"), "mlp_bias": ("mlp",)}),
+        biases={"attention_bias": ("qkv", "out"), "mlp_bias": ("mlp",)}, whole_heads=True),
     "MistralForCausalLM": Family(
         "mistral", {}, _LLAMA, _SIZES | {"head_dim": "head_dim", "sliding_window": "sliding_window"},
-        {"sliding_window": 4096}, _SILU),
+        {"sliding_window": 4096, "num_key_value_heads": 8}, _SILU),
     "Phi3ForCausalLM": Family(
-        "phi3", {}, _PHI3, _SIZES | {"head_dim": "head_dim", "sliding_window": "sliding_window"},
-        {"rms_norm_eps": 1e-5}, _SILU, partial=1.0),
+        "phi3", {}, _PHI3, _SIZES | {"sliding_window": "sliding_window"},
+        {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}, _SILU, scalings=("longrope",), partial=1.0),
     "PhiForCausalLM": Family(
         "phi", {"norm": "layernorm", "activation": "gelu", "parallel_block": True,
                 "biases": ("qkv", "out", "mlp", "head")},
@@ -114,15 +136,16 @@ FAMILIES = {
          "initializer_range": "init_std", "tie_word_embeddings": "tied_embeddings"},
         {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
         {"activation_function": _GELU, "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-         "add_cross_attention": (False,)}, layers="transformer.h", transposed=True),
+         "add_cross_attention": (False,)}, whole_heads=True, layers="transformer.h", transposed=True),
     "MixtralForCausalLM": Family(
         "mixtral", {}, _MIXTRAL, _SIZES | _MIXTURE | {"head_dim": "head_dim"},
-        {"rms_norm_eps": 1e-5, "rope_theta": 1e6}, _SILU),
+        {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8}, _SILU, needs=("moe.n_experts",)),
     "PhimoeForCausalLM": Family(
         "phimoe", {"norm": "layernorm", "moe.router": "sparsemixer"}, _MIXTRAL,
         _SIZES | _MIXTURE | {"head_dim": "head_dim", "router_jitter_noise": "moe.jitter"},
-        {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_jitter_noise": 0.01}, _SILU,
-        {"attention_bias": ("qkv", "out"), "lm_head_bias": ("head",)}, mscale=True),
+        {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "router_jitter_noise": 0.01}, _SILU,
+        {"attention_bias": ("qkv", "out"), "lm_head_bias": ("head",)}, needs=("moe.n_experts",),
+        scalings=("longrope",), mscale=True, short_only=True),
     "DeepseekV3ForCausalLM": Family(
         "deepseek_v3", {"moe.router": "sigmoid"},
         _LLAMA | {
@@ -133,16 +156,22 @@ FAMILIES = {
         | {f"mlp.experts.w_{x}": f"mlp.experts.{{e}}.{x}_proj.weight" for x in ("gate", "up", "down")}
         | {f"mlp.shared.w_{x}": f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")},
         _SIZES | {
-            "qk_head_dim": "head_dim", "kv_lora_rank": "mla.kv_rank", "q_lora_rank": "mla.q_rank",
+            "kv_lora_rank": "mla.kv_rank", "q_lora_rank": "mla.q_rank",
             "qk_rope_head_dim": "mla.rope_dim", "v_head_dim": "mla.v_dim", "n_routed_experts": "moe.n_experts",
             "num_experts_per_tok": "moe.experts_per_token", "moe_intermediate_size": "moe.d_expert",
             "n_shared_experts": "moe.n_shared_experts", "first_k_dense_replace": "moe.n_dense_layers",
             "n_group": "moe.n_groups", "topk_group": "moe.groups_per_token",
             "routed_scaling_factor": "moe.weight_scale"},
+        # of the whole model, so that a file may leave out what no tensor shows
+        {"num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+         "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
+         "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64,
+         "qk_nope_head_dim": 128, "v_head_dim": 128},
         # the norms of their latents have 1e-6 whatever rms_norm_eps is; ours have one eps
-        demands=_SILU | {"rms_norm_eps": (1e-6,), "attention_bias": (False,), "rope_interleave": (True,),
-                         "norm_topk_prob": (True,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-        paired=("attention.wq", "attention.wkv_down")),
+        _SILU | {"rms_norm_eps": (1e-6,), "attention_bias": (False,), "rope_interleave": (True,),
+                 "norm_topk_prob": (True,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+        needs=("mla.kv_rank", "moe.n_experts", "moe.n_shared_experts"), paired=("attention.wq", "attention.wkv_down"),
+        unturned="qk_nope_head_dim", predicts=True),
 }
 
 
