@@ -37,6 +37,13 @@ def softmax_route(logits: Tensor, config: MoEConfig, bias: Tensor | None, traini
     return Route(weights / weights.sum(-1, keepdim=True), experts, scores, logits)
 
 
+def softmax_of_all_route(logits: Tensor, config: MoEConfig, bias: Tensor | None, training: bool) -> Route:
+    """The k likeliest experts, with the probabilities that they have among all (DeepSeek-V2, arXiv 2405.04434)."""
+    scores = logits.softmax(-1)
+    weights, experts = scores.topk(config.experts_per_token, dim=-1)
+    return Route(weights * config.weight_scale, experts, scores, logits)
+
+
 def sigmoid_route(logits: Tensor, config: MoEConfig, bias: Tensor | None, training: bool) -> Route:
     """DeepSeek-V3 (arXiv 2412.19437): a bias takes part in the choice and not in the weights.
 
@@ -105,7 +112,8 @@ class _HeunWeight(torch.autograd.Function):
         return (-p * d).scatter_add(-1, expert, d), None, None, None, None
 
 
-ROUTERS = {"softmax": softmax_route, "sigmoid": sigmoid_route, "sparsemixer": sparsemixer_route}
+ROUTERS = {"softmax": softmax_route, "softmax_of_all": softmax_of_all_route, "sigmoid": sigmoid_route,
+           "sparsemixer": sparsemixer_route}
 
 
 # --- Experts ----------------------------------------------------------------------------------------------------------

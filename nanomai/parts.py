@@ -115,14 +115,14 @@ class MoEConfig:
     """Experts that every token meets beside the routed ones; together one MLP of n_shared_experts d_expert."""
     n_dense_layers: int = 0
     """The first so many layers keep a dense MLP of width d_ff."""
-    router: Literal["softmax", "sparsemixer", "sigmoid"] = "softmax"
-    """softmax (Mixtral), sparsemixer (arXiv 2409.12136), sigmoid with a selection bias (DeepSeek-V3)."""
+    router: Literal["softmax", "softmax_of_all", "sparsemixer", "sigmoid"] = "softmax"
+    """softmax (Mixtral), softmax_of_all (DeepSeek-V2), sparsemixer (arXiv 2409.12136), sigmoid (DeepSeek-V3)."""
     n_groups: int = 1
     """sigmoid: the experts stand in so many groups ..."""
     groups_per_token: int = 1
     """... and a token chooses from so many of them."""
     weight_scale: float = 1.0
-    """sigmoid: multiplies the weights, which sum to one."""
+    """sigmoid, softmax_of_all: multiplies the weights; those of sigmoid sum to one before."""
     jitter: float = 0.0
     """sparsemixer: experts whose scores lie further apart than 2 jitter, relatively, do not compete."""
     balance_loss: float = 0.0
@@ -141,15 +141,16 @@ class MoEConfig:
             check(self, "model.moe", *_rules(self))
 
 
-ONLY_OF = {"jitter": "sparsemixer"} | dict.fromkeys(
-    ("n_groups", "groups_per_token", "weight_scale", "bias_speed"), "sigmoid")
+ONLY_OF = {"jitter": ("sparsemixer",), "weight_scale": ("sigmoid", "softmax_of_all")} | dict.fromkeys(
+    ("n_groups", "groups_per_token", "bias_speed"), ("sigmoid",))
 
 
 def _rules(m: MoEConfig) -> list[tuple[str, object, str]]:
     at_hand = m.groups_per_token * m.n_experts // m.n_groups
-    idle = [f.name for f in fields(m) if ONLY_OF.get(f.name, m.router) != m.router and getattr(m, f.name) != f.default]
+    idle = [f.name for f in fields(m) if m.router not in ONLY_OF.get(f.name, (m.router,)) and
+            getattr(m, f.name) != f.default]
     return [
-        *((name, True, f"has no effect without router: {ONLY_OF[name]}") for name in idle),
+        *((name, True, f"has no effect without router: {' or '.join(ONLY_OF[name])}") for name in idle),
         ("experts_per_token", m.experts_per_token > m.n_experts, f"must be at most n_experts {m.n_experts}"),
         ("experts_per_token", m.router == "sparsemixer" and m.experts_per_token != 2, "must be 2 for sparsemixer"),
         ("jitter", m.router == "sparsemixer" and not m.jitter, "must be above 0: without rivals no router learns"),

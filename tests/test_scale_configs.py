@@ -60,6 +60,7 @@ MODELS = {
     "llama-3.1-405b": 405_853_388_800,
     "mixtral-8x7b": (46_702_792_704, 12_879_925_248),
     "deepseek-v3": (671_026_404_352, 37_552_282_624),
+    "deepseek-v2-lite": (15_706_484_224, 2_661_150_208),
     "gpt4-rumour": (1_751_813_155_840, 279_109_135_360),
     "mai-1-dense": 497_457_285_120,
     "mai-1-moe": (501_469_880_320, 48_485_048_320),
@@ -88,6 +89,7 @@ TOKENS = {
     "phi-3.5-moe": 4.9e12, "phi-3.5-vision": 500e9, "mn-minitron-8b-teacher": 127e9, "mn-minitron-8b": 380e9,
     "llama-2-7b": 2e12, "llama-2-13b": 2e12, "llama-2-70b": 2e12, "llama-3-8b": 15.6e12, "llama-3-70b": 15.6e12,
     "llama-3.1-405b-8k": 15.6e12, "llama-3.1-405b": 800e9, "deepseek-v3": 14.3e12, "deepseek-v3-final": 500e9,
+    "deepseek-v2-lite": 5.7e12,
     "gpt4-rumour": 13e12, "mai-1-dense": 10e12, "mai-1-moe": 15e12, "mai-1-dense-128k": 50e9, "mai-1-moe-128k": 75e9,
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +173,16 @@ FAMILIES = {
         needs=("mla.kv_rank", "moe.n_experts", "moe.n_shared_experts"), paired=("attention.wq", "attention.wkv_down"),
         unturned="qk_nope_head_dim", predicts=True),
 }
+
+_V3 = FAMILIES["DeepseekV3ForCausalLM"]
+FAMILIES["DeepseekV2ForCausalLM"] = replace(  # the same attention, and a plainer router
+    _V3, model_type="deepseek_v2", ours={"moe.router": "softmax_of_all"},
+    settings={theirs: ours for theirs, ours in _V3.settings.items() if "group" not in theirs},
+    defaults={"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407,
+              "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+              "v_head_dim": 128},
+    demands=_SILU | {"rms_norm_eps": (1e-6,), "attention_bias": (False,), "mlp_bias": (False,),
+                     "norm_topk_prob": (False,), "topk_method": ("greedy",)}, predicts=False)
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------------

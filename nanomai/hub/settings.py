@@ -213,8 +213,6 @@ def _rope_settings(family: Family, config: ModelConfig) -> dict[str, Any]:
 # --- Is it still the same model? --------------------------------------------------------------------------------------
 
 _PARTS = {"moe.": "moe.n_experts", "mla.": "mla.kv_rank", "sparse.": "sparse.block"}  # a part: what is 0 without it
-_OF_ROUTER = {"softmax": set(), "sparsemixer": {"moe.jitter"},
-              "sigmoid": {"moe.n_groups", "moe.groups_per_token", "moe.weight_scale"}}
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
@@ -231,7 +229,6 @@ def _features(config: ModelConfig) -> dict[str, Any]:
     idle = {"init_std", "moe.balance_loss", "moe.z_loss", "moe.bias_speed"}
     idle |= {name for part, switch in _PARTS.items() if not flat[switch] for name in flat.keys() - {switch}
              if name.startswith(part)}
-    idle |= set().union(*_OF_ROUTER.values()) - _OF_ROUTER[config.moe.router]
     of_kind = {f"rope_scaling.{name}" for name in ("kind", "original_context", *_SCALINGS.get(kind, {}).values())}
     idle |= {name for name in flat if name.startswith("rope_scaling.")} - of_kind
     if kind in ("none", "linear"):
