@@ -92,7 +92,7 @@ def test_an_export_is_loaded_strictly_or_refused_by_name(seed, tmp_path):
     assert len(seen) > 3 and 3 < refused < 47
 
 
-SMALL = {"n_layers": 1, "d_model": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "d_ff": 8, "vocab_size": 29,
+SMALL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "d_ff": 8, "vocab_size": 29,
          "context_length": 16}
 SIGMOID = MoEConfig(4, d_expert=8, router="sigmoid", n_shared_experts=1)
 LONG = RopeScaling("longrope", 8, short_factors=(1.0,) * 4, long_factors=(2.0,) * 4)
