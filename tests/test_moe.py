@@ -30,7 +30,6 @@ from nanomai.moe import (
     dispatch_plain,
     router_loss,
     sigmoid_route,
-    softmax_route,
     sparsemixer_route,
     sum_loads,
 )
@@ -42,6 +41,7 @@ from nanomai.trainer import Trainer, train
 TINY = ModelConfig(n_layers=2, d_model=24, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=40, vocab_size=97,
                    context_length=16, moe=MoEConfig(n_experts=5, experts_per_token=2, d_expert=12))
 SOFTMAX = MoEConfig(n_experts=6, experts_per_token=3, d_expert=8)
+SOFTMAX_OF_ALL = dataclasses.replace(SOFTMAX, router="softmax_of_all", weight_scale=2.5)
 SIGMOID = dataclasses.replace(SOFTMAX, router="sigmoid", weight_scale=2.5)
 SPARSEMIXER = dataclasses.replace(SOFTMAX, router="sparsemixer", experts_per_token=2, jitter=0.2)
 
@@ -205,16 +205,17 @@ def softmax(row: list[float]) -> list[float]:
     return [math.exp(x) / total for x in row]
 
 
+@pytest.mark.parametrize("of_all", [False, True])
 @pytest.mark.parametrize("k", [1, 3, 6])
-def test_softmax_router(k):
-    config, logits = dataclasses.replace(SOFTMAX, experts_per_token=k), randn(40, 6)
+def test_softmax_router(k, of_all):
+    config, logits = dataclasses.replace(SOFTMAX_OF_ALL if of_all else SOFTMAX, experts_per_token=k), randn(40, 6)
 
     def slow(row):
         p = softmax(row)
         best = sorted(range(6), key=lambda i: -p[i])[:k]
-        return {i: p[i] / sum(p[j] for j in best) for i in best}
+        return {i: 2.5 * p[i] if of_all else p[i] / sum(p[j] for j in best) for i in best}
 
-    route = softmax_route(logits, config, None, True)
+    route = ROUTERS[config.router](logits, config, None, True)
     check(route, slow, logits)
     torch.testing.assert_close(route.scores, logits.softmax(-1))
 
@@ -401,9 +402,8 @@ def test_a_compiled_block_is_the_eager_one(name, training):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_the_host_never_waits_for_a_router(name):
     """On the meta device nothing has a value: forward, losses and backward ask for none."""
-    own = {"softmax": {}, "sparsemixer": {"jitter": 0.1}, "sigmoid": {"n_experts": 6, "n_groups": 3,
-                                                                      "groups_per_token": 2}}
-    config = tiny(router=name, balance_loss=0.1, z_loss=0.1, n_shared_experts=1, **own[name])
+    own = {"sparsemixer": {"jitter": 0.1}, "sigmoid": {"n_experts": 6, "n_groups": 3, "groups_per_token": 2}}
+    config = tiny(router=name, balance_loss=0.1, z_loss=0.1, n_shared_experts=1, **own.get(name, {}))
     with torch.device("meta"):
         moe, x = MoE(config), torch.empty(2, 8, 24, dtype=torch.bfloat16, requires_grad=True)
         moe(x, torch.ones(())).sum().backward()
@@ -810,7 +810,8 @@ ERRORS = [
     ({"balance_loss": 1e300}, "balance_loss 1e+300 must be from 0 to 1e+06", "balance_loss"),
     ({"bias_speed": 0.1}, "bias_speed 0.1 has no effect without router: sigmoid", "bias_speed"),
     ({"n_groups": 2}, "n_groups 2 has no effect without router: sigmoid", "n_groups"),
-    ({"weight_scale": 2.5}, "weight_scale 2.5 has no effect without router: sigmoid", "weight_scale"),
+    ({"weight_scale": 2.5}, "weight_scale 2.5 has no effect without router: sigmoid or softmax_of_all",
+     "weight_scale"),
     (GROUPED | {"jitter": 0.1}, "jitter 0.1 has no effect without router: sparsemixer", "jitter"),
 ]
 
