@@ -537,7 +537,8 @@ shutil.rmtree(folder, ignore_errors=True)
 # All of them when resumed. With the weights alone, step 7 is still right,
 # since its loss is measured before its update, and nothing after that. A
 # checkpoint therefore holds the weights, the optimizers' state, the number of
-# steps and of samples consumed, the guard's statistics and the random state.
+# steps and of samples consumed, and the guard's statistics. What is random is a
+# function of the seed and the sample, so there is no state of it to keep.
 #
 # ## 9 At 500B
 #
