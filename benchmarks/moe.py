@@ -41,12 +41,11 @@ def build_step(experts: bool, optimizer: str, batch: int, dtype: str, compiled: 
     from nanomai.moe import balance_experts
     from nanomai.optim import build_optimizers, set_learning_rate
     from nanomai.parallel.apply import clip_gradients, parallelize
-    from nanomai.parallel.mesh import Mesh
 
     config = ModelConfig(**SHAPE, moe=MoEConfig(**EXPERTS if experts else {}))
     model = build_model(config)
     model.compute_dtype = getattr(torch, dtype)
-    parallelize(model, Mesh(), compiled)
+    parallelize(model, compile_blocks=compiled)
     optimizers = build_optimizers(model, OptimConfig(name=optimizer), model.compute_dtype)
     set_learning_rate(optimizers, 1e-3)
     shape = (batch, config.context_length)

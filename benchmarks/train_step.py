@@ -77,7 +77,6 @@ def our_step(shape: tuple, dtype: str, compiled: bool, activation: str = "swiglu
     from nanomai.config import ModelConfig, OptimConfig
     from nanomai.optim import build_optimizers, set_learning_rate
     from nanomai.parallel.apply import clip_gradients, parallelize
-    from nanomai.parallel.mesh import Mesh
 
     layers, d, heads, kv_heads, d_ff, vocab, t, batch = shape
     d_ff = d_ff if activation == "swiglu" else 3 * d_ff // 2  # two matrices for three: the same parameters
@@ -85,7 +84,7 @@ def our_step(shape: tuple, dtype: str, compiled: bool, activation: str = "swiglu
                          vocab_size=vocab, context_length=t, activation=activation)
     model = build(config, device, kernels)
     model.compute_dtype = getattr(torch, dtype)
-    parallelize(model, Mesh(), compiled)
+    parallelize(model, compile_blocks=compiled)
     optimizers = build_optimizers(model, OptimConfig())
     set_learning_rate(optimizers, 1e-3)
     ids, targets = torch.randint(0, vocab, (2, batch, t))

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from nanomai.files import flush_folder, write_atomically
 from nanomai.parallel.mesh import Mesh
@@ -152,7 +153,8 @@ def load(path: Path, tensors: dict[str, Tensor], mesh: Mesh | None = None) -> No
         except CheckpointException as error:
             raise CheckpointError(f"{path} cannot be read: {_cause(error)}") from None
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not torch.isfinite(mine).all():
             raise CheckpointError(f"{path}: {name} holds numbers that are not finite; delete this checkpoint to go "
                                   "back to the one before")
 

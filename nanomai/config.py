@@ -153,6 +153,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How one model is laid over many ranks; the product of all factors is the number of ranks (`parallel/`)."""
+
+    replicas: int = 1
+    """Copies of the model, between which gradients are summed; more than one with fsdp is HSDP."""
+    fsdp: int | Literal["auto"] = "auto"
+    """Ranks that share the parameters, gradients and optimizer of one copy; auto: all that the others leave."""
+    keep_gathered: bool = False
+    """Keep a block's gathered parameters between forward and backward: less to send, more memory (ZeRO 2)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward computes again: none, the cheap ones, or all inside a block."""
+
+    def __post_init__(self):
+        for name in ("replicas", "fsdp"):
+            if (value := getattr(self, name)) != "auto" and value < 1:
+                raise ConfigError(f"{name} {value} must be at least 1", f"parallel.{name}")
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. `name` is the name of the file it came from."""
 
@@ -161,6 +180,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         t = self.sequence_length

@@ -213,28 +213,44 @@ class Transformer(Part):
 ROWS = 64  # of one independently seeded piece of a matrix
 
 
+def whole(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """All of a parameter, from its first element on: what one process holds."""
+    return parameter, (0,) * parameter.ndim
+
+
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int = 1337) -> None:
+def init_weights(model: Transformer, seed: int = 1337, share=whole) -> None:
     """Normal weights of std `init_std`, smaller by sqrt(2 L) where a matrix writes to the residual stream (GPT-2).
 
     Each block of 64 rows of each matrix has its own generator, keyed by (seed, name, expert, block), so a rank that
-    holds any slice of a 500B model can draw its own numbers, and 1 rank or 4,096 begin with the same model.
+    holds any slice of a 500B model can draw its own numbers, and 1 rank or 4,096 begin with the same model. `share`
+    gives what this rank holds of a parameter, and where in each dimension it begins.
     """
     config = model.config
     for buffer in model.buffers():  # the selection bias and load of a router
         buffer.zero_()
     for name, parameter in model.named_parameters():
+        held, begin = share(parameter)
         if parameter.ndim == 1:
-            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            held.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
         writes_residual = name.endswith(("wo.weight", "w_down.weight", "experts.w_down"))
         std = config.init_std / math.sqrt(2 * config.n_layers) if writes_residual else config.init_std
-        matrices = parameter.unbind() if parameter.ndim == 3 else [parameter]
-        for expert, matrix in enumerate(matrices):
+        matrices = held.unbind() if parameter.ndim == 3 else [held]
+        for expert, matrix in enumerate(matrices, begin[0]):
             place = f"{seed}/{name}/{expert}" if parameter.ndim == 3 else f"{seed}/{name}"
-            for block, rows in enumerate(matrix.split(ROWS)):
-                generator = torch.Generator().manual_seed(_key(f"{place}/{block}"))
-                rows.copy_(torch.empty(rows.shape).normal_(0.0, std, generator=generator))
+            _draw(matrix, place, std, begin[-2:], parameter.shape[-2:])
+
+
+def _draw(matrix: Tensor, place: str, std: float, begin: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Fills the rows and columns from `begin` on of a matrix of `shape`, of which `matrix` is a part."""
+    (top, left), (height, width) = begin, shape
+    for block in range(top // ROWS, -(-(top + len(matrix)) // ROWS)):
+        first, last = block * ROWS, min((block + 1) * ROWS, height)
+        generator = torch.Generator().manual_seed(_key(f"{place}/{block}"))
+        drawn = torch.empty(last - first, width).normal_(0.0, std, generator=generator)
+        low, high = max(first, top), min(last, top + len(matrix))
+        matrix[low - top : high - top] = drawn[low - first : high - first, left : left + matrix.shape[1]]
 
 
 def _key(text: str) -> int:

@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from nanomai.config import OptimConfig
@@ -69,6 +70,21 @@ def orthogonalize(matrices: Tensor, quintics: tuple[tuple[float, float, float], 
     return x.mT if tall else x
 
 
+def _orthogonalize_all(directions: Tensor, quintics: tuple) -> Tensor:
+    """Each matrix of (N, m, n), or of (N, E, m, n). Where ranks hold parts of all, each first takes some of them whole.
+
+    Two all-to-alls, so a rank sends what it holds of the matrices twice, and no matrix is orthogonalised twice.
+    """
+    if not isinstance(directions, DTensor):
+        return orthogonalize(directions.flatten(0, -3), quintics).view(directions.shape)
+    cut, mesh, dim = directions.placements, directions.device_mesh, directions.ndim - 3
+    whole = directions.redistribute(placements=[Shard(dim)] * mesh.ndim)
+    local = whole.to_local()
+    updates = orthogonalize(local.flatten(0, -3), quintics).view(local.shape)
+    return DTensor.from_local(updates, mesh, whole.placements, shape=whole.shape, stride=whole.stride()).redistribute(
+        placements=cut)
+
+
 class Muon(Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024; scaled as in arXiv 2502.16982).
 
@@ -94,10 +110,10 @@ class Muon(Optimizer):
                     by_shape[p.shape].append(p)
             for shape, parameters in by_shape.items():
                 directions = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
-                updates = orthogonalize(directions.flatten(0, -3).to(self.dtype or directions.dtype),
-                                        THREE_GRADED if len(shape) > 2 else FIVE_ALIKE)
+                updates = _orthogonalize_all(directions.to(self.dtype or directions.dtype),
+                                             THREE_GRADED if len(shape) > 2 else FIVE_ALIKE)
                 scale = 0.2 * math.sqrt(max(shape[-2:]))
-                for p, update in zip(parameters, updates.view(directions.shape).unbind(), strict=True):
+                for p, update in zip(parameters, updates.unbind(), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
 

@@ -25,6 +25,7 @@ from nanomai.config import Config
 from nanomai.config_file import load_config, to_yaml
 from nanomai.files import write_atomically
 from nanomai.model import Transformer
+from nanomai.parallel.mesh import Mesh
 from nanomai.pretrained import PretrainedTokenizer, load_tokenizer
 from nanomai.tokenizer import Tokenizer
 
@@ -113,21 +114,22 @@ def load_run(name: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     return LoadedRun(model.to(device).eval(), load_tokenizer(folder / "tokenizer.json"), config)
 
 
-def load_weights(model: Transformer, folder: Path) -> Path:
+def load_weights(model: Transformer, folder: Path, mesh: Mesh | None = None) -> Path:
     """Reads the weights of a run's newest good checkpoint into `model`; returns the checkpoint."""
     path, complaints = checkpoint.newest(folder / "checkpoints")
     if path is None:
         raise RunError(f"{folder} has no usable checkpoint" + "".join(f"; {line}" for line in complaints))
-    checkpoint.load(path, model_state(model))
+    checkpoint.load(path, model_state(model), mesh)
     return path
 
 
-def begin_from(model: Transformer, name: str | Path, tokenizer: Tokenizer | PretrainedTokenizer) -> None:
+def begin_from(model: Transformer, name: str | Path, tokenizer: Tokenizer | PretrainedTokenizer,
+               mesh: Mesh | None = None) -> None:
     """Reads the weights of another run into a model that is to be trained on `tokenizer`'s ids."""
     source = find_run(name)
     if load_tokenizer(source / "tokenizer.json").hash != tokenizer.hash:
         raise RunError(f"{source} was trained with another tokenizer; set --data.tokenizer {source / 'tokenizer.json'}")
-    load_weights(model, source)
+    load_weights(model, source, mesh)
 
 
 def model_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -23,12 +23,14 @@ from nanomai.config_file import load_config
 from nanomai.data import Batch, make_key, rank_spans, timed
 from nanomai.evaluation import Evaluation, compressed_bits_per_byte, evaluate, validation_text
 from nanomai.guard import SpikeGuard
-from nanomai.model import Transformer, build_model
+from nanomai.model import Transformer, init_weights
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import build_optimizers, learning_rate, named_state, piecewise, set_learning_rate
-from nanomai.parallel.apply import clip_gradients, parallelize, sum_gradients
+from nanomai.parallel import fsdp
+from nanomai.parallel.apply import allocate, clip_gradients, parallelize, share
 from nanomai.parallel.launch import StopSignal, process_group
+from nanomai.parallel.layout import lay_out
 from nanomai.parallel.mesh import Mesh
 from nanomai.preparation import prepare
 from nanomai.report import Report, profiled
@@ -85,8 +87,10 @@ class Trainer:
         self.config, self.folder, self.device, self.mesh, self.report = config, folder, device, mesh, report
         self.stop, self.after_step = StopSignal(tell=not report.console.quiet), lambda: None
         train = config.train
+        self.layout = lay_out(config.parallel, mesh, device.type)
         machine.prepare_process(train.threads)
         self.peak = machine.matmul_peak(device, getattr(torch, train.dtype))
+        self.shown = mesh.from_main(lambda: not report.console.quiet)
         if mesh.is_main:
             report.opening(self.config, self.folder, machine.describe(device), self.peak)
         self.prepared = mesh.from_main(  # the other ranks wait, and find what it made
@@ -102,9 +106,8 @@ class Trainer:
         self.recent_seconds: deque[float] = deque(maxlen=16)
         self._restore()
         self.loader.require(self.samples + sum(self._batch_samples()))
-        list(rank_spans(0, set(self._batch_samples()), 0, mesh.world_size))  # DataError if ranks cannot share a batch
+        list(rank_spans(0, set(self._batch_samples()), 0, self.layout.data_size))  # DataError if they can't share one
         mesh.from_main(self._accept)
-        parallelize(self.model, mesh, train.compile == "on")
         self.metrics = runs.Metrics(self.folder / "metrics.jsonl", self.steps_done) if mesh.is_main else None
         self.val: Evaluation | None = None
 
@@ -116,12 +119,19 @@ class Trainer:
         self.prepared.tokenizer.save(self.folder / "tokenizer.json")
 
     def _build(self) -> Transformer:
-        model = build_model(self.config.model, self.config.train.seed)
-        model.compute_dtype = getattr(torch, self.config.train.dtype)
-        model.set_kernels(self.config.train.kernels)
-        if self.config.train.init_from and self.checkpoint is None:
-            runs.begin_from(model, self.config.train.init_from, self.prepared.tokenizer)
-        return model.to(self.device)
+        """As shapes first, then laid over the ranks, then with values: no rank needs memory for more than its share."""
+        train = self.config.train
+        with torch.device("meta"):
+            model = Transformer(self.config.model)
+        model.compute_dtype = getattr(torch, train.dtype)
+        model.set_kernels(train.kernels)
+        parallelize(model, self.layout, self.config.parallel, train.compile == "on")
+        allocate(model, self.device)
+        if self.checkpoint is None:
+            init_weights(model, train.seed, share)
+            if train.init_from:
+                runs.begin_from(model, train.init_from, self.prepared.tokenizer, self.mesh)
+        return model
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint."""
@@ -161,7 +171,7 @@ class Trainer:
     def run(self) -> RunResult:
         """Steps until the end or a signal; evaluates, samples and saves on the way."""
         train = self.config.train
-        batches = self.loader.batches(self.samples, self._batch_samples(), self.mesh.rank, self.mesh.world_size)
+        batches = self.loader.batches(self.samples, self._batch_samples(), self.layout.data_rank, self.layout.data_size)
         with contextlib.closing(batches):
             for asked_at, batch in timed(batches):
                 row = self.step(batch, asked_at)
@@ -171,7 +181,7 @@ class Trainer:
                 last = self.steps_done == train.steps
                 if _due(train.eval_every, self.steps_done) and not last:
                     self._evaluate()
-                if _due(train.sample_every, self.steps_done) and not last:
+                if self.shown and _due(train.sample_every, self.steps_done) and not last:
                     self._sample()
                 if last or _due(train.checkpoint_every, self.steps_done):
                     self._save()
@@ -194,14 +204,15 @@ class Trainer:
         if stop:
             return None
         loss = torch.zeros((), device=self.device)
-        first = self.samples + self.mesh.rank * len(batch.ids)  # this rank's first sample
-        for i, micro in enumerate(zip(*(x.split(train.micro_batch) for x in batch), strict=True)):
+        first = self.samples + self.layout.data_rank * len(batch.ids)  # this rank's first sample
+        parts = list(zip(*(x.split(train.micro_batch) for x in batch), strict=True))
+        for i, micro in enumerate(parts):
             # what a router draws belongs to the samples, whichever rank or session has them
             torch.manual_seed(make_key(train.seed, first + i * train.micro_batch).item())
+            fsdp.sum_after(self.model, last=i == len(parts) - 1)
             micro_loss = self.model(*(x.to(self.device, non_blocking=True) for x in micro), reduction="sum")
             micro_loss.backward()
             loss += micro_loss.detach()
-        sum_gradients(self.model, self.mesh)
         imbalance = sum_loads(self.model, self.mesh.sum)  # asked for before the host waits, read after
         loss = (self.mesh.sum(loss) / n_valid).item()
         grad_norm = clip_gradients(self.model, self.config.optim.grad_clip, n_valid).item()
@@ -239,20 +250,26 @@ class Trainer:
         """Validation loss, never through the compiled training graph: its shapes are not these."""
         train = self.config.train
         n = max(1, (train.final_eval_tokens if last else train.eval_tokens) // self.config.sequence_length)
-        batches = self.validation.batches(train.micro_batch, n, self.mesh.rank, self.mesh.world_size)
+        batches = self.validation.batches(train.micro_batch, n, self.layout.data_rank, self.layout.data_size)
         with torch.compiler.set_stance("force_eager"):
             self.val = evaluate(self.model, self.prepared.tokenizer, batches, self.mesh)
+        fsdp.scatter(self.model)
         if self.metrics and not self.metrics.has(self.steps_done, "val_loss"):
             self.metrics.add(step=self.steps_done, val_loss=self.val.loss, val_bpb=self.val.bits_per_byte)
 
     def _write(self, tokens: int, seed: int) -> str:
+        """A sample; all ranks draw the same one, since none has the whole model."""
         prompt, tokenizer = self.config.train.sample_prompt, self.prepared.tokenizer
         with torch.compiler.set_stance("force_eager"):
-            return "".join(stream_text(self.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed))
+            pieces = stream_text(self.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed)
+            text = "".join(pieces)
+        fsdp.scatter(self.model)
+        return text
 
     def _sample(self) -> None:
-        if self.mesh.is_main and not self.report.console.quiet:
-            self.report.sample(self.steps_done, self.config.train.sample_prompt, self._write(64, self.steps_done))
+        text = self._write(64, self.steps_done)
+        if self.mesh.is_main:
+            self.report.sample(self.steps_done, self.config.train.sample_prompt, text)
 
     def _progress(self, row: dict) -> None:
         steps, known = self.config.train.steps, len(self.recent_seconds) > 2  # the first may compile for a minute
@@ -277,9 +294,9 @@ class Trainer:
 
     def _finish(self) -> RunResult:
         self._evaluate(last=True)
+        text = self.config.train.sample_prompt + self._write(256, 0) + "\n"
         if self.mesh.is_main:
-            prompt = self.config.train.sample_prompt
-            (self.folder / "sample.txt").write_text(prompt + self._write(256, 0) + "\n", encoding="utf-8")
+            (self.folder / "sample.txt").write_text(text, encoding="utf-8")
             levels = {}  # what compressors make of the same text; of a part of it there is no file to compress
             if self.config.train.final_eval_tokens >= len(self.validation.windows) * self.config.sequence_length:
                 levels = compressed_bits_per_byte(validation_text(self.validation, self.prepared.tokenizer))

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from tiny_run import curve, environment, tiny, weights, write_tiny
 
-from nanomai import checkpoint, machine, trainer
+from nanomai import checkpoint, machine, state, trainer
 from nanomai.cli import main
 from nanomai.trainer import train
 
@@ -226,14 +226,13 @@ def test_a_hostile_pickle_is_not_run(file, sealed, message, here, capsys):
 
 def test_a_checkpoint_that_is_not_finite(capsys, monkeypatch):
     monkeypatch.setattr(trainer, "stream_text", lambda *_, **__: iter(["text"]))
-    build = trainer.build_model
+    init = trainer.init_weights
 
-    def spoiled(*arguments):
-        model = build(*arguments)
+    def spoiled(model, *arguments):
+        init(model, *arguments)
         model.norm.weight.data[0] = float("inf")
-        return model
 
-    monkeypatch.setattr(trainer, "build_model", spoiled)
+    monkeypatch.setattr(trainer, "init_weights", spoiled)
     assert main(["train", "tiny.yaml", "--train.max-skipped", "2"]) == 1
     assert "2 steps in a row were refused, the last because the loss is nan; no checkpoint had been saved" in (
         capsys.readouterr().err)

@@ -1,35 +1,121 @@
 """Two processes against one: sums, clipping, failures; and a job that hangs is ended."""
 
+import dataclasses
 import time
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from nanomai.config import ConfigError, ModelConfig
-from nanomai.model import build_model
-from nanomai.parallel.apply import clip_gradients, parallelize, sum_gradients
+from nanomai.architecture import MoEConfig
+from nanomai.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig
+from nanomai.model import Transformer, build_model, init_weights
+from nanomai.moe import balance_experts
+from nanomai.ops import IGNORE
+from nanomai.optim import build_optimizers, named_state, set_learning_rate
+from nanomai.parallel import fsdp
+from nanomai.parallel.apply import allocate, clip_gradients, parallelize, share
 from nanomai.parallel.launch import launch, process_group
+from nanomai.parallel.layout import factors, lay_out
 from nanomai.parallel.mesh import Mesh, RankFailed
 
-MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24, vocab_size=31,
-                    context_length=8)
-IDS = torch.randint(31, (4, 9), generator=torch.Generator().manual_seed(0))
+MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24, vocab_size=131,
+                    context_length=8, tied_embeddings=False)
+EXPERTS = dataclasses.replace(MODEL, n_layers=3, moe=MoEConfig(
+    n_experts=5, experts_per_token=2, d_expert=24, n_shared_experts=1, n_dense_layers=1, router="sigmoid",
+    bias_speed=0.01))  # more experts than ranks, in uneven shares; means over a rank's tokens would not be those over all
+MODELS = {"dense": MODEL, "experts": EXPERTS, "tied": dataclasses.replace(MODEL, tied_embeddings=True)}
 MAX_NORM = 0.5
+STEPS, ROWS = 5, 8
 
 
-def gradients(mesh: Mesh, dtypes=()) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Of this rank's share of the batch, summed, divided and clipped; and their norm before."""
-    model = build_model(MODEL)
-    for name, dtype in dtypes:
-        model.get_submodule(name).to(dtype)
-    mine = IDS.chunk(mesh.world_size)[mesh.rank]
-    model(mine[:, :-1], mine[:, 1:], reduction="sum").backward()
-    sum_gradients(model, mesh)
-    norm = clip_gradients(model, MAX_NORM, 32)
-    return [p.grad for p in model.parameters()], norm
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(8, 8) ids and targets; the ranks count different numbers of tokens."""
+    ids = torch.randint(MODEL.vocab_size, (ROWS, 9), generator=torch.Generator().manual_seed(step))
+    targets = ids[:, 1:].clone()
+    targets[: ROWS // 4] = IGNORE
+    targets[-1, 3:] = IGNORE
+    return ids[:, :-1], targets
 
 
-def on_each_rank(rank, folder):
+def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimizer: str = "adamw",
+              micro_batches: int = 1, compiled: bool = False, dtype=torch.float32) -> dict:
+    """Five steps as the trainer makes them: losses, norms, and every gradient, parameter and piece of state, whole."""
+    layout = lay_out(parallel, mesh)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.compute_dtype = dtype
+    allocate(parallelize(model, layout, parallel, compiled), torch.device("cpu"))
+    init_weights(model, 7, share)
+    found = {"initial": {name: whole_of(p) for name, p in model.named_parameters()}, "losses": [], "norms": []}
+    optimizers = build_optimizers(model, OptimConfig(name=optimizer))
+    set_learning_rate(optimizers, 1e-2)
+    for step in range(STEPS):
+        ids, targets = (x.chunk(layout.data_size)[layout.data_rank] for x in batch(step))
+        count, loss = mesh.sum((targets != IGNORE).sum()).item(), torch.zeros(())
+        parts = list(zip(ids.chunk(micro_batches), targets.chunk(micro_batches), strict=True))
+        for i, part in enumerate(parts, 1):
+            fsdp.sum_after(model, last=i == len(parts))
+            micro_loss = model(*part, reduction="sum")
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        found["losses"].append(mesh.sum(loss).item() / count)
+        found["norms"].append(clip_gradients(model, MAX_NORM, count).item())
+        if step == 0:
+            found["gradients"] = {name: whole_of(p.grad) for name, p in model.named_parameters()}
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        balance_experts(model, mesh.sum)
+    found["parameters"] = {name: whole_of(p) for name, p in model.state_dict().items()}
+    found["optimizer"] = {name: whole_of(t) for name, t in named_state(optimizers, model).items()}
+    return found
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+CASES = {  # of two ranks and of four: the same five steps must come of each
+    2: {"fsdp": {}, "fsdp, kept": {"keep_gathered": True}, "replicas": {"replicas": 2},
+        "fsdp, full recompute": {"recompute": "full"}, "fsdp, selective": {"recompute": "selective"}},
+    4: {"fsdp": {}, "hsdp": {"replicas": 2}, "hsdp, full recompute": {"replicas": 2, "recompute": "full"}},
+}
+
+
+def on_each_rank(rank, world_size, folder):
+    with process_group() as mesh:
+        for case, settings in CASES[world_size].items():
+            for model, config in MODELS.items():
+                for optimizer, micro_batches in (("adamw", 1), ("muon", 2)):
+                    found = train_few(mesh, config, ParallelConfig(**settings), optimizer, micro_batches)
+                    torch.save(found, folder / f"{world_size}-{case}-{model}-{optimizer}-{rank}.pt")
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_sharded_training_is_training(world_size, tmp_path):
+    launch(on_each_rank, world_size, world_size, tmp_path, timeout_s=500)
+    for model, config in MODELS.items():
+        for optimizer in ("adamw", "muon"):
+            expected = train_few(Mesh(), config, ParallelConfig(), optimizer)
+            for case in CASES[world_size]:
+                for rank in range(world_size):
+                    found = torch.load(tmp_path / f"{world_size}-{case}-{model}-{optimizer}-{rank}.pt")
+                    assert_same(found, expected, f"{case}, {model}, {optimizer}")
+
+
+def assert_same(found: dict, expected: dict, where: str) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), where
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
+    assert found["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-5), where
+    for kind, rtol in (("initial", 0), ("gradients", 1e-5), ("parameters", 1e-3), ("optimizer", 1e-2)):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, tensor in expected[kind].items():
+            error = (found[kind][name] - tensor).norm() / tensor.norm().clamp_min(1e-30)
+            assert error <= rtol, f"{where}: {kind} of {name} differ by {error:.1e}"
+
+
+def talks(rank, folder):
     with process_group() as mesh:  # already joined: the same mesh again
         assert mesh == Mesh(rank, 2, rank) and mesh.is_main == (rank == 0)
         assert mesh.sum(torch.tensor([rank + 1.0, 10.0])).tolist() == [3.0, 20.0]
@@ -41,20 +127,10 @@ def on_each_rank(rank, folder):
         assert mesh.from_main(lambda: f"by {rank}") == "by 0"
         with pytest.raises(ValueError if rank == 0 else RankFailed, match="no such thing"):
             mesh.from_main(lambda: int("no such thing"))
-        torch.save(gradients(mesh), folder / f"gradients-{rank}.pt")
-        mixed = [("embed", torch.bfloat16), ("norm", torch.float64), ("blocks.0.mlp.w_up", torch.bfloat16)]
-        torch.save(gradients(mesh, mixed), folder / f"mixed-{rank}.pt")
 
 
-def test_two_ranks_are_one(tmp_path):
-    launch(on_each_rank, 2, tmp_path)
-    expected, norm = gradients(Mesh())
-    for kind, rtol in (("gradients", 1e-5), ("mixed", 0.05)):
-        (first, n0), (second, n1) = (torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in range(2))
-        assert n0 == n1 and n0.item() == pytest.approx(norm.item(), rel=rtol)
-        for a, b, c in zip(first, second, expected, strict=True):
-            assert torch.equal(a, b), "every rank ends with the same numbers"
-            assert (a.float() - c).norm() <= rtol * c.norm()
+def test_two_ranks_agree(tmp_path):
+    launch(talks, 2, tmp_path)
 
 
 def fails_on_one(rank):
@@ -140,6 +216,38 @@ def test_parallelize_compiles_the_blocks_and_the_loss(monkeypatch, compiled):
     calls = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append((self, options)))
     model = build_model(MODEL)
-    assert parallelize(model, Mesh(), compiled) is model
+    assert parallelize(model, compile_blocks=compiled) is model
     wanted = [*model.blocks.values(), model.loss] if compiled else []
     assert calls == [(part, {"fullgraph": True, "dynamic": False}) for part in wanted]
+
+
+# --- the grid of ranks
+
+
+@pytest.mark.parametrize("settings, world_size, expected", [
+    ({}, 1, (1, 1)), ({}, 6, (1, 6)), ({"replicas": 2}, 6, (2, 3)), ({"replicas": 6}, 6, (6, 1)),
+    ({"replicas": 2, "fsdp": 3}, 6, (2, 3))])
+def test_the_factors_fill_the_ranks(settings, world_size, expected):
+    assert tuple(factors(ParallelConfig(**settings), world_size).values()) == expected
+
+
+@pytest.mark.parametrize("settings, world_size, line, field", [
+    ({"replicas": 4}, 6, "parallel replicas 4 divides no 6 ranks; the nearest that works is replicas 3", "replicas"),
+    ({"replicas": 8}, 6, "parallel replicas 8 divides no 6 ranks; the nearest that works is replicas 6", "replicas"),
+    ({"fsdp": 2}, 1, "parallel fsdp 2 is not 1 ranks; the nearest that works is fsdp 1", "fsdp"),
+    ({"replicas": 2, "fsdp": 8}, 8, "parallel replicas 2 x fsdp 8 is not 8 ranks; the nearest that works is fsdp 4",
+     "fsdp"),
+    ({"replicas": 3, "fsdp": 3}, 8, "parallel replicas 3 x fsdp 3 is not 8 ranks; start a multiple of 9 ranks",
+     "replicas"),
+])
+def test_a_factor_that_does_not_fit_is_named(settings, world_size, line, field):
+    with pytest.raises(ConfigError) as error:
+        factors(ParallelConfig(**settings), world_size)
+    assert str(error.value) == line and error.value.field == f"parallel.{field}"
+
+
+@pytest.mark.parametrize("settings, field", [({"replicas": 0}, "replicas"), ({"fsdp": -1}, "fsdp")])
+def test_a_factor_below_one_is_refused(settings, field):
+    with pytest.raises(ConfigError, match="must be at least 1") as error:
+        ParallelConfig(**settings)
+    assert error.value.field == f"parallel.{field}"

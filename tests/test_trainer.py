@@ -250,16 +250,16 @@ def test_init_from_another_tokenizer_or_model_is_refused():
 @pytest.fixture
 def poison(monkeypatch):
     """`poison(steps, value)`: the summed gradients of those steps (from 1) are multiplied by it."""
-    bad, sums = {}, trainer.sum_gradients
+    bad, clip = {}, trainer.clip_gradients
     count = iter(range(1, 10**6))
 
-    def poisoned(model, mesh):
-        sums(model, mesh)
+    def poisoned(model, max_norm, divide_by):
         factor = bad.get(next(count), 1.0)
         for parameter in model.parameters():
             parameter.grad.mul_(factor)
+        return clip(model, max_norm, divide_by)
 
-    monkeypatch.setattr(trainer, "sum_gradients", poisoned)
+    monkeypatch.setattr(trainer, "clip_gradients", poisoned)
     return lambda steps, value: bad.update(dict.fromkeys(steps, value))
 
 

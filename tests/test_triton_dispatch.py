@@ -7,16 +7,16 @@ import dataclasses
 
 import pytest
 import torch
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from nanomai import generate, masks, ops, train
 from nanomai.architecture import ModelConfig, MoEConfig
+from nanomai.config import ParallelConfig
 from nanomai.kernels import KERNELS
 from nanomai.model import build_model
 from nanomai.parallel.apply import parallelize
 from nanomai.parallel.launch import launch, process_group
-from nanomai.parallel.mesh import Mesh
+from nanomai.parallel.layout import lay_out
 from nanomai.trainer import Trainer
 from tests.tiny_run import tiny, write_tiny
 from triton_kernels.engine import Kernel
@@ -115,7 +115,7 @@ def test_bfloat16_is_as_near_as_pytorch():
                          ids=["causal", "documents", "experts"])
 def test_compiled_in_whole_graphs(config, documents):
     model = shaken(config, "triton")
-    parallelize(model, Mesh(), compile_blocks=True)  # fullgraph
+    parallelize(model, compile_blocks=True)  # fullgraph
     assert distance(loss_and_gradients(model, documents), loss_and_gradients(shaken(config, "torch"), documents)) < 1e-5
 
 
@@ -131,13 +131,7 @@ def on_two_ranks(rank, folder):
     with process_group() as mesh:
         for compiled in (False, True):
             model = shaken(MODEL, "triton")
-            parallelize(model, mesh, compiled)
-            for block in model.blocks.values():
-                fully_shard(block)
-            fully_shard(model)
-            for part in (model, *model.blocks.values()):  # sums, as everywhere
-                part.set_gradient_divide_factor(1.0)
-                part.set_force_sum_reduction_for_comms(True)
+            parallelize(model, lay_out(ParallelConfig(), mesh), compile_blocks=compiled)
             mine = [x[rank:rank + 1] for x in (*batch(), DOCUMENTS)]
             model(*mine, reduction="sum").backward()
             whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}

@@ -1,47 +1,84 @@
-"""The order in which parallelism is laid over a model, outside the model.
+"""The order in which parallelism is laid over a model, outside the model: recompute, compile, share out.
 
-Today: compile each block and the loss, then replicate over the ranks. The full order that this file will grow into is
-pipeline split, tensor (with sequence) parallel, expert parallel, context parallel, activation checkpointing, compile,
-FSDP2.
+The model arrives on the meta device, as shapes; its values come last, so that no rank ever holds a whole one.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nanomai.parallel.mesh import Mesh
+from nanomai.config import ParallelConfig
+from nanomai.parallel import fsdp
+from nanomai.parallel.layout import Layout
+from nanomai.parallel.recompute import recompute
 
 
-def parallelize(model: nn.Module, mesh: Mesh, compile_blocks: bool) -> nn.Module:
-    """Lays the transforms over `model` in place. Every rank has drawn the same initial weights (`init_weights`)."""
+def parallelize(model: nn.Module, layout: Layout = Layout(), parallel: ParallelConfig = ParallelConfig(),
+                compile_blocks: bool = False) -> nn.Module:
+    """Lays the transforms over `model` in place. A compiled block holds what is computed again, and no collective."""
+    recompute(model, parallel.recompute)
     if compile_blocks:
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are
             module.compile(fullgraph=True, dynamic=False)
+    if layout.sharding is not None:
+        fsdp.shard(model, layout.sharding, model.compute_dtype, parallel.keep_gathered)
     return model
 
 
-def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
-    """Plain data parallelism: every rank ends with the sum of all gradients, sent as one flat tensor per dtype."""
-    if mesh.world_size == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    for dtype in dict.fromkeys(g.dtype for g in gradients):  # not a set: all ranks in one order
-        same = [g for g in gradients if g.dtype == dtype]
-        flat = mesh.sum(torch.cat([g.flatten() for g in same]))
-        for g, summed in zip(same, flat.split([g.numel() for g in same]), strict=True):
-            g.copy_(summed.view_as(g))
+def allocate(model: nn.Module, device: torch.device) -> nn.Module:
+    """Gives a model that was made on the meta device its memory; parameters are garbage, buffers zero."""
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model
 
 
-def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0) -> torch.Tensor:
+def share(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this rank holds of a parameter, and where in each dimension it begins (see `model.init_weights`)."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.ndim
+    _, begin = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), begin
+
+
+def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0) -> Tensor:
     """Divides the summed gradients by the count of tokens, then scales them to a global norm of at most `max_norm`.
 
     Returns the norm before clipping, of the divided gradients. max_norm 0 clips nothing. One pass over the memory.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm() / divide_by
+    norm = torch.stack([_norm(parts, groups) for groups, parts in _by_sharing(gradients).items()]).norm() / divide_by
     scale = 1.0 / divide_by
     if max_norm > 0:
         scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_(gradients, scale)
+    torch._foreach_mul_([share(g)[0] for g in gradients], scale)
+    return norm
+
+
+def _by_sharing(gradients: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:
+    """What this rank holds of each gradient, by the groups of ranks that hold its other parts."""
+    found = defaultdict(list)
+    for g in gradients:
+        if isinstance(g, DTensor):
+            groups = tuple(g.device_mesh.get_group(axis) for axis, placement in enumerate(g.placements)
+                           if placement.is_shard())
+            found[groups].append(g.to_local())
+        else:
+            found[()].append(g)
+    return found
+
+
+def _norm(parts: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
+    norm = torch.stack(torch._foreach_norm(parts)).norm()
+    if groups:
+        norm = norm.square()
+        for group in groups:
+            dist.all_reduce(norm, group=group)
+        norm = norm.sqrt()
     return norm

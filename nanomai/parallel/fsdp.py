@@ -1,0 +1,47 @@
+"""Fully sharded data parallel: each rank keeps a share of every tensor and has a whole block only while it runs.
+
+ZeRO's third stage (arXiv 1910.02054) as PyTorch's FSDP2 does it: a block's parameters are gathered before its forward
+and again before its backward, its gradients are summed and scattered after it, and the optimizer sees shares alone. With
+a second axis (HSDP) each row of ranks is such a group, and gradients are summed between the rows as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard(model: nn.Module, ranks: DeviceMesh, dtype: torch.dtype, keep_gathered: bool = False) -> None:
+    """Shares out each block, and then what is left: embeddings, the last norm, the head.
+
+    Parameters travel as `dtype`, which is what every projection would cast them to; gradients are summed in float32.
+    `keep_gathered` spares the second gathering of each block and costs the memory of the whole model (ZeRO 2).
+    """
+    # inputs stay as they are: rotations are float32 on purpose
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks.values():
+        fully_shard(block, mesh=ranks, mp_policy=policy, reshard_after_forward=not keep_gathered)
+    fully_shard(model, mesh=ranks, mp_policy=policy)  # first and last to run, so it stays gathered in between
+    for unit in units(model):
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        unit.set_gradient_divide_factor(1.0)  # gradients are sums over tokens, divided once (`clip_gradients`)
+
+
+def units(model: nn.Module) -> list[FSDPModule]:
+    """The modules that are gathered and scattered as one."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sum_after(model: nn.Module, last: bool) -> None:
+    """Before each micro-batch: gradients are summed between ranks after the last one only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def scatter(model: nn.Module) -> None:
+    """Back to shares: after a forward pass that no backward follows, the root would stay gathered."""
+    for unit in units(model):
+        unit.reshard()

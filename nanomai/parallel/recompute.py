@@ -1,0 +1,33 @@
+"""Activation checkpointing: keep less of the forward pass, and compute it again in the backward.
+
+`full` keeps the input of each block alone (arXiv 1604.06174): a block's activations exist while its backward runs, for
+a third more arithmetic. `selective` keeps the results of matrix products and of attention, which cost the most to make,
+and computes again what lies between them: norms, rotations, gates.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+def recompute(model: nn.Module, what: str) -> None:
+    """Lays `what` (none, selective, full) over every block."""
+    if what == "none":
+        return
+    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep)} if what == "selective" else {}
+    for block in model.blocks.values():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+
+
+def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
+    ours = op.namespace == "nanomai"  # the expensive ones that this project adds
+    return CheckpointPolicy.MUST_SAVE if op in KEPT or ours else CheckpointPolicy.PREFER_RECOMPUTE
