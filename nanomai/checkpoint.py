@@ -12,6 +12,7 @@ models). What does not verify is named, and the one before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import hashlib
@@ -22,14 +23,18 @@ import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from nanomai.files import flush_folder, write_atomically
@@ -40,25 +45,75 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used: one line that names it and says what is wrong."""
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int = 2,
-         mesh: Mesh | None = None) -> Path:
-    """Writes `folder/step-N` and then removes all but the newest `keep`. Collective: every rank calls it.
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int = 2) -> Path:
+    """Writes `folder/step-N` and then removes all but the newest `keep`.
 
     A good checkpoint of the same step stays as it is: the state of a run at a step is one. Raises CheckpointError
     where the disk is full or cannot be written; what was saved before is untouched.
     """
-    mesh = mesh or Mesh()
-    final, temporary = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
+    with Saver(folder, keep, Mesh()) as saver:
+        return saver.save(step, tensors, state)
+
+
+class Saver:
+    """Saves the checkpoints of a run as `save` does, on every rank together, while training goes on.
+
+    Tensors are copied into memory of the CPU at once and written by a thread, whose collectives have a process group of
+    their own: in the group of the training, its messages would meet those of the next steps. Leaving the `with` waits.
+    """
+
+    def __init__(self, folder: Path, keep: int, mesh: Mesh, device_type: str = "cpu"):
+        self.folder, self.keep, self.mesh = folder, keep, mesh
+        self.group = dist.new_group(backend="gloo") if mesh.world_size > 1 else None
+        on_gpu = device_type == "cuda"
+        self.stager = DefaultStager(StagingOptions(use_pinned_memory=on_gpu, use_non_blocking_copy=on_gpu,
+                                                   use_shared_memory=False, use_async_staging=False))
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.wait()
+        self.pool.shutdown()
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
+        """Returns as soon as the numbers are copied; the path is there after `wait`. Collective."""
+        self.wait()
+        final, temporary = self.folder / f"step-{step:08d}", self.folder / f".writing-step-{step:08d}"
+        with _explained(final, temporary):
+            self.mesh.from_main(lambda: _begin(temporary))
+        staged = self.stager.stage(tensors)
+        self.pending = self.pool.submit(self._write, staged, state, temporary, final)
+        return final
+
+    def wait(self) -> None:
+        """Until the last save lies on the disk. Collective; raises CheckpointError if any rank could not write."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.mesh.from_main(pending.result)  # rank 0 hears of every rank's trouble
+            pending.exception()
+
+    def _write(self, tensors: dict[str, Tensor], state: dict, temporary: Path, final: Path) -> None:
+        with _explained(final, temporary):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, and fine
+                dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=self.group,
+                         no_dist=self.group is None)
+            if self.mesh.is_main:
+                _finish(temporary, final, state, self.keep)
+
+
+@contextlib.contextmanager
+def _explained(final: Path, temporary: Path) -> Iterator[None]:
+    """CheckpointError for what a disk may refuse."""
     try:
-        mesh.from_main(lambda: _begin(temporary))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # true of one process, and fine
-            dcp.save(tensors, storage_writer=FileSystemWriter(temporary), no_dist=mesh.world_size == 1)
-        mesh.from_main(lambda: _finish(temporary, final, state, keep))
+        yield
     except (OSError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # what it holds of a full disk is given back
         raise CheckpointError(f"{final} cannot be written: {_cause(error)}; what was saved before is good") from None
-    return final
 
 
 def _begin(temporary: Path) -> None:

@@ -108,6 +108,7 @@ class Trainer:
         self.loader.require(self.samples + sum(self._batch_samples()))
         list(rank_spans(0, set(self._batch_samples()), 0, self.layout.data_size))  # DataError if they can't share one
         mesh.from_main(self._accept)
+        self.saver = checkpoint.Saver(folder / "checkpoints", train.keep_checkpoints, mesh, device.type)
         self.metrics = runs.Metrics(self.folder / "metrics.jsonl", self.steps_done) if mesh.is_main else None
         self.val: Evaluation | None = None
 
@@ -172,7 +173,7 @@ class Trainer:
         """Steps until the end or a signal; evaluates, samples and saves on the way."""
         train = self.config.train
         batches = self.loader.batches(self.samples, self._batch_samples(), self.layout.data_rank, self.layout.data_size)
-        with contextlib.closing(batches):
+        with contextlib.closing(batches), self.saver:
             for asked_at, batch in timed(batches):
                 row = self.step(batch, asked_at)
                 if row is None:
@@ -186,7 +187,7 @@ class Trainer:
                 if last or _due(train.checkpoint_every, self.steps_done):
                     self._save()
                 self._progress(row)
-        return self._finish()  # measures and writes; whatever happens there, the last step is saved
+            return self._finish()  # whatever happens there, the last step is saved
 
     def _batch_samples(self) -> Iterator[int]:
         for step in range(self.steps_done, self.config.train.steps):
@@ -240,6 +241,7 @@ class Trainer:
         if reason:
             self.report.warn(f"step {row['step']} skipped: {reason}")
             if self.guard.skipped_in_a_row >= self.config.train.max_skipped:
+                self.saver.wait()
                 good, _ = self.mesh.from_main(lambda: checkpoint.newest(self.folder / "checkpoints"))
                 back = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
                 raise TrainingStopped(f"{self.guard.skipped_in_a_row} steps in a row were refused, the last because "
@@ -282,13 +284,13 @@ class Trainer:
         state = {"step": self.steps_done, "samples": self.samples, "data": self.loader.identity,
                  "guard": self.guard.state(), "config": asdict(self.config),
                  "machine": machine.describe(self.device, self.mesh.world_size)}
-        return checkpoint.save(self.folder / "checkpoints", self.steps_done, self._tensors(), state,
-                               self.config.train.keep_checkpoints, self.mesh)
+        return self.saver.save(self.steps_done, self._tensors(), state)
 
     # --- Ending -------------------------------------------------------------------------------------------------------
 
     def _interrupted(self) -> RunResult:
         path = self._save()
+        self.saver.wait()
         self.report.interrupted(self.stop.name or "another rank was told to stop", path, self.folder)
         return self._result(finished=False)
 

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "show": "",
     "report": "config show",
     "preparation": "config corpus pretrained tokenizer shards data machine",  # how many cores may tokenize
-    "runs": "config config_file files model checkpoint pretrained tokenizer",
+    "runs": "config config_file files model checkpoint parallel pretrained tokenizer",
     "sampling": "layers ops model rope tokenizer",  # the cache makes the masks of its rows
     "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks
     "hub": "architecture checkpoint config config_file files model pretrained rope runs tokenizer",

@@ -19,9 +19,10 @@ from nanomai.parallel.layout import Layout
 from nanomai.parallel.recompute import recompute
 
 
-def parallelize(model: nn.Module, layout: Layout = Layout(), parallel: ParallelConfig = ParallelConfig(),
+def parallelize(model: nn.Module, layout: Layout | None = None, parallel: ParallelConfig | None = None,
                 compile_blocks: bool = False) -> nn.Module:
     """Lays the transforms over `model` in place. A compiled block holds what is computed again, and no collective."""
+    layout, parallel = layout or Layout(), parallel or ParallelConfig()
     recompute(model, parallel.recompute)
     if compile_blocks:
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are

@@ -1,8 +1,8 @@
 """Fully sharded data parallel: each rank keeps a share of every tensor and has a whole block only while it runs.
 
 ZeRO's third stage (arXiv 1910.02054) as PyTorch's FSDP2 does it: a block's parameters are gathered before its forward
-and again before its backward, its gradients are summed and scattered after it, and the optimizer sees shares alone. With
-a second axis (HSDP) each row of ranks is such a group, and gradients are summed between the rows as well.
+and again before its backward, its gradients are summed and scattered after it, and the optimizer sees shares alone.
+With a second axis (HSDP) each row of ranks is such a group, and gradients are summed between the rows as well.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ parameters (fsdp), and the ranks of a context are taken to share them too.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -21,7 +21,7 @@ FACTORS = ("replicas",)  # beside fsdp, which may take what they leave
 class Layout:
     """The grid, and this rank's place in it."""
 
-    mesh: Mesh = Mesh()
+    mesh: Mesh = field(default_factory=Mesh)
     replicas: int = 1
     fsdp: int = 1
     grid: DeviceMesh | None = None  # None: one process

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
+# Ours, by name, since not all are registered everywhere; those of norms, rotations and gates are computed again.
+OURS = {"grouped_products", "grouped_linear", "flash_attention", "linear_cross_entropy"}
 KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
         aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
@@ -23,11 +25,13 @@ def recompute(model: nn.Module, what: str) -> None:
     """Lays `what` (none, selective, full) over every block."""
     if what == "none":
         return
-    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep)} if what == "selective" else {}
+    options = {}
+    if what == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
     for block in model.blocks.values():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
-    ours = op.namespace == "nanomai"  # the expensive ones that this project adds
-    return CheckpointPolicy.MUST_SAVE if op in KEPT or ours else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = op in KEPT or (op.namespace == "nanomai" and op.name().split("::")[1] in OURS)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
