@@ -154,19 +154,27 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How one model is laid over many ranks; the product of all factors is the number of ranks (`parallel/`)."""
+    """How one model is laid over many ranks; the product of all factors but expert is their number (`parallel/`)."""
 
     replicas: int = 1
     """Copies of the model, between which gradients are summed; more than one with fsdp is HSDP."""
     fsdp: int | Literal["auto"] = "auto"
     """Ranks that share the parameters, gradients and optimizer of one copy; auto: all that the others leave."""
+    tensor: int = 1
+    """Ranks that share every matrix product, and the sequence between them; within a machine."""
+    context: int = 1
+    """Ranks that share every sequence."""
+    expert: int = 1
+    """Of the fsdp ranks, those among which the experts are shared out whole."""
+    pipeline: int = 1
+    """Stages of blocks."""
     keep_gathered: bool = False
     """Keep a block's gathered parameters between forward and backward: less to send, more memory (ZeRO 2)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward computes again: none, the cheap ones, or all inside a block."""
 
     def __post_init__(self):
-        for name in ("replicas", "fsdp"):
+        for name in ("replicas", "fsdp", "tensor", "context", "expert", "pipeline"):
             if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ConfigError(f"{name} {value} must be at least 1", f"parallel.{name}")
 

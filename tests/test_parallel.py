@@ -226,10 +226,12 @@ def test_parallelize_compiles_the_blocks_and_the_loss(monkeypatch, compiled):
 
 
 @pytest.mark.parametrize("settings, world_size, expected", [
-    ({}, 1, (1, 1)), ({}, 6, (1, 6)), ({"replicas": 2}, 6, (2, 3)), ({"replicas": 6}, 6, (6, 1)),
-    ({"replicas": 2, "fsdp": 3}, 6, (2, 3))])
+    ({}, 1, {"fsdp": 1}), ({}, 6, {"fsdp": 6}), ({"replicas": 2}, 6, {"fsdp": 3}), ({"replicas": 6}, 6, {"fsdp": 1}),
+    ({"replicas": 2, "fsdp": 3}, 6, {}), ({"tensor": 8, "pipeline": 10}, 10_240, {"fsdp": 128}),
+    ({"tensor": 2, "context": 2, "pipeline": 2, "expert": 4}, 32, {"fsdp": 4})])
 def test_the_factors_fill_the_ranks(settings, world_size, expected):
-    assert tuple(factors(ParallelConfig(**settings), world_size).values()) == expected
+    ones = dict.fromkeys(("pipeline", "replicas", "fsdp", "context", "expert", "tensor"), 1)
+    assert factors(ParallelConfig(**settings), world_size) == ones | settings | expected
 
 
 @pytest.mark.parametrize("settings, world_size, line, field", [
@@ -240,6 +242,10 @@ def test_the_factors_fill_the_ranks(settings, world_size, expected):
      "fsdp"),
     ({"replicas": 3, "fsdp": 3}, 8, "parallel replicas 3 x fsdp 3 is not 8 ranks; start a multiple of 9 ranks",
      "replicas"),
+    ({"tensor": 8, "pipeline": 10}, 1024, "parallel pipeline 10 x tensor 8 divides no 1024 ranks; the nearest that "
+     "works is pipeline 8", "pipeline"),
+    ({"expert": 3}, 8, "parallel expert 3 divides no fsdp 8, whose ranks hold the experts; the nearest that works is 2",
+     "expert"),
 ])
 def test_a_factor_that_does_not_fit_is_named(settings, world_size, line, field):
     with pytest.raises(ConfigError) as error:

@@ -27,8 +27,8 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
     if compile_blocks:
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are
             module.compile(fullgraph=True, dynamic=False)
-    if layout.sharding is not None:
-        fsdp.shard(model, layout.sharding, model.compute_dtype, parallel.keep_gathered)
+    if layout.grid is not None:
+        fsdp.shard(model, layout, model.compute_dtype, parallel.keep_gathered)
     return model
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from nanomai.parallel.layout import Layout
 
-def shard(model: nn.Module, ranks: DeviceMesh, dtype: torch.dtype, keep_gathered: bool = False) -> None:
+
+def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: bool = False) -> None:
     """Shares out each block, and then what is left: embeddings, the last norm, the head.
 
     Parameters travel as `dtype`, which is what every projection would cast them to; gradients are summed in float32.
@@ -21,6 +22,7 @@ def shard(model: nn.Module, ranks: DeviceMesh, dtype: torch.dtype, keep_gathered
     """
     # inputs stay as they are: rotations are float32 on purpose
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    ranks = layout.sharding()
     for block in model.blocks.values():
         fully_shard(block, mesh=ranks, mp_policy=policy, reshard_after_forward=not keep_gathered)
     fully_shard(model, mesh=ranks, mp_policy=policy)  # first and last to run, so it stays gathered in between

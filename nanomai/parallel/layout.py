@@ -1,7 +1,13 @@
 """Which rank does what: the factors of `parallel` as a grid of ranks.
 
-Neighbours in the last axis talk most, so they are the ranks of one machine. An expert group is made of ranks that share
-parameters (fsdp), and the ranks of a context are taken to share them too.
+    pipeline   stages of blocks, one after another                       talks least: activations of a micro-batch
+    replicas   copies of the model; gradients are summed between them
+    fsdp       ranks that share one copy; each reads its own part of the batch
+    context    ranks that share a sequence, and share parameters as fsdp's do
+    expert     some of the fsdp ranks: each holds its share of the experts whole, and tokens travel to them
+    tensor     ranks that share each matrix product                      talks most: all of a block's activations
+
+Ranks are counted along the last axis first, so neighbours, who are in one machine, talk most.
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nanomai.config import ConfigError, ParallelConfig
 from nanomai.parallel.mesh import Mesh
 
-FACTORS = ("replicas",)  # beside fsdp, which may take what they leave
+# `outer` is what of fsdp is not expert: the product of the two is fsdp.
+AXES = ("pipeline", "replicas", "outer", "context", "expert", "tensor")
 
 
 @dataclass(frozen=True)
@@ -22,46 +29,64 @@ class Layout:
     """The grid, and this rank's place in it."""
 
     mesh: Mesh = field(default_factory=Mesh)
-    replicas: int = 1
-    fsdp: int = 1
+    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
     grid: DeviceMesh | None = None  # None: one process
 
-    @property
-    def data_rank(self) -> int:
-        """Which part of each batch this rank reads, of `data_size`."""
-        return self.mesh.rank
+    def axis(self, name: str) -> DeviceMesh | None:
+        """This rank's line of the grid along one axis; None where the axis has one rank."""
+        return self.grid[name] if self.sizes[name] > 1 else None
 
     @property
     def data_size(self) -> int:
-        return self.replicas * self.fsdp
+        """Parts into which each batch is cut."""
+        return self.sizes["replicas"] * self.sizes["outer"] * self.sizes["expert"]
 
     @property
-    def sharding(self) -> DeviceMesh | None:
-        """The ranks that hold one model together, (fsdp,), or (replicas, fsdp); None: each holds its own."""
+    def data_rank(self) -> int:
+        """The part that this rank reads."""
+        rank = 0
+        for name in ("replicas", "outer", "expert") if self.grid else ():
+            rank = rank * self.sizes[name] + self.grid.get_local_rank(name)
+        return rank
+
+    def sharding(self, of_experts: bool = False) -> DeviceMesh | None:
+        """The ranks that share parameters, (shard,), or (replicas, shard); None in one process.
+
+        Experts that live on an expert axis are shared by the ranks that hold the same ones.
+        """
         if self.grid is None:
             return None
-        return self.grid if self.replicas > 1 else self.grid["fsdp"]
+        name = "shard_of_experts" if of_experts else "shard"
+        return self.grid["replicas", name] if self.sizes["replicas"] > 1 else self.grid[name]
 
 
 def lay_out(parallel: ParallelConfig, mesh: Mesh, device_type: str = "cpu") -> Layout:
     """The grid for the ranks that there are, or ConfigError naming the factor that does not fit."""
-    sizes = factors(parallel, mesh.world_size)
+    found = factors(parallel, mesh.world_size)
     if mesh.world_size == 1:
         return Layout(mesh)
-    return Layout(mesh, **sizes, grid=init_device_mesh(device_type, tuple(sizes.values()),
-                                                       mesh_dim_names=tuple(sizes)))
+    sizes = {name: found.get(name, found["fsdp"] // found["expert"]) for name in AXES}
+    grid = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES)
+    grid["outer", "context", "expert"]._flatten("shard")
+    grid["outer", "context"]._flatten("shard_of_experts")
+    return Layout(mesh, sizes, grid)
 
 
 def factors(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Every factor with its number, outermost first; fsdp `auto` is what the others leave of `world_size`."""
-    given = {name: getattr(parallel, name) for name in FACTORS}
+    """Every factor with its number; fsdp `auto` is what the others leave of `world_size`."""
+    given = {name: getattr(parallel, name) for name in ("pipeline", "replicas", "context", "tensor")}
     if parallel.fsdp != "auto":
         given["fsdp"] = parallel.fsdp
     product = math.prod(given.values())
     fits = world_size % product == 0 if parallel.fsdp == "auto" else world_size == product
     if not fits:
         _refuse(given, world_size, parallel.fsdp == "auto")
-    return {name: given[name] for name in FACTORS} | {"fsdp": given.get("fsdp", world_size // product)}
+    found = {"fsdp": world_size // product} | given | {"expert": parallel.expert}
+    if found["fsdp"] % parallel.expert:
+        raise ConfigError(f"parallel expert {parallel.expert} divides no fsdp {found['fsdp']}, whose ranks hold the "
+                          f"experts; the nearest that works is {_nearest(parallel.expert, found['fsdp'])}",
+                          "parallel.expert")
+    return found
 
 
 def _refuse(given: dict[str, int], world_size: int, rest_is_free: bool) -> None:
@@ -73,7 +98,11 @@ def _refuse(given: dict[str, int], world_size: int, rest_is_free: bool) -> None:
         others = product // given[name]
         if world_size % others == 0:
             room = world_size // others
-            fitting = [n for n in range(1, room + 1) if room % n == 0] if rest_is_free else [room]
-            nearest = min(fitting, key=lambda n: abs(n - given[name]))
+            nearest = _nearest(given[name], room) if rest_is_free else room
             raise ConfigError(f"{trouble}; the nearest that works is {name} {nearest}", f"parallel.{name}")
-    raise ConfigError(f"{trouble}; start a multiple of {product} ranks", f"parallel.{next(iter(given))}")
+    raise ConfigError(f"{trouble}; start a multiple of {product} ranks", f"parallel.{max(given, key=given.get)}")
+
+
+def _nearest(number: int, whole: int) -> int:
+    """The divisor of `whole` that is nearest to `number`."""
+    return min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - number))
