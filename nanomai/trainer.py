@@ -200,7 +200,7 @@ class Trainer:
         """
         train = self.config.train
         valid = (batch.targets != IGNORE).sum().item()
-        n_valid, stop, n_samples = self.mesh.sum(torch.tensor(
+        n_valid, stop, n_samples = self.layout.sum(torch.tensor(
             [valid, self.stop.name is not None, len(batch.ids)], dtype=torch.float64)).tolist()
         if stop:
             return None
@@ -215,7 +215,7 @@ class Trainer:
             micro_loss.backward()
             loss += micro_loss.detach()
         imbalance = sum_loads(self.model, self.mesh.sum)  # asked for before the host waits, read after
-        loss = (self.mesh.sum(loss) / n_valid).item()
+        loss = (self.layout.sum(loss) / n_valid).item()
         grad_norm = clip_gradients(self.model, self.config.optim.grad_clip, n_valid).item()
         lr = learning_rate(self.config.optim, self.steps_done, train.steps)
         reason = self.guard.verdict(loss, grad_norm)
@@ -254,7 +254,7 @@ class Trainer:
         n = max(1, (train.final_eval_tokens if last else train.eval_tokens) // self.config.sequence_length)
         batches = self.validation.batches(train.micro_batch, n, self.layout.data_rank, self.layout.data_size)
         with torch.compiler.set_stance("force_eager"):
-            self.val = evaluate(self.model, self.prepared.tokenizer, batches, self.mesh)
+            self.val = evaluate(self.model, self.prepared.tokenizer, batches, self.layout.sum)
         fsdp.scatter(self.model)
         if self.metrics and not self.metrics.has(self.steps_done, "val_loss"):
             self.metrics.add(step=self.steps_done, val_loss=self.val.loss, val_bpb=self.val.bits_per_byte)

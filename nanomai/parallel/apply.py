@@ -1,4 +1,4 @@
-"""The order in which parallelism is laid over a model, outside the model: recompute, compile, share out.
+"""The order in which parallelism is laid over a model, outside the model: tensor, recompute, compile, share out.
 
 The model arrives on the meta device, as shapes; its values come last, so that no rank ever holds a whole one.
 """
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanomai.config import ParallelConfig
-from nanomai.parallel import fsdp
+from nanomai.parallel import fsdp, tensor
 from nanomai.parallel.layout import Layout
 from nanomai.parallel.recompute import recompute
 
@@ -23,6 +23,8 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
                 compile_blocks: bool = False) -> nn.Module:
     """Lays the transforms over `model` in place. A compiled block holds what is computed again, and no collective."""
     layout, parallel = layout or Layout(), parallel or ParallelConfig()
+    if (ranks := layout.axis("tensor")) is not None:
+        tensor.share_products(model, ranks)
     recompute(model, parallel.recompute)
     if compile_blocks:
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are
@@ -68,7 +70,7 @@ def _by_sharing(gradients: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], 
     for g in gradients:
         if isinstance(g, DTensor):
             groups = tuple(g.device_mesh.get_group(axis) for axis, placement in enumerate(g.placements)
-                           if placement.is_shard())
+                           if not placement.is_replicate())
             found[groups].append(g.to_local())
         else:
             found[()].append(g)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanomai.config import ConfigError, ParallelConfig
@@ -31,10 +32,14 @@ class Layout:
     mesh: Mesh = field(default_factory=Mesh)
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
     grid: DeviceMesh | None = None  # None: one process
+    dense: DeviceMesh | None = None  # with all that share parameters in one axis
+    sparse: DeviceMesh | None = None  # with all that share experts in one axis
 
     def axis(self, name: str) -> DeviceMesh | None:
         """This rank's line of the grid along one axis; None where the axis has one rank."""
-        return self.grid[name] if self.sizes[name] > 1 else None
+        if self.sizes[name] == 1:
+            return None
+        return next(view[name] for view in (self.dense, self.sparse, self.grid) if name in view.mesh_dim_names)
 
     @property
     def data_size(self) -> int:
@@ -49,6 +54,10 @@ class Layout:
             rank = rank * self.sizes[name] + self.grid.get_local_rank(name)
         return rank
 
+    def sum(self, x: Tensor) -> Tensor:
+        """`x`, which counts something of this rank's part of the batch, over the whole batch. In place."""
+        return self.mesh.sum(x).div_(self.sizes["tensor"])  # whose ranks have all counted the same
+
     def sharding(self, of_experts: bool = False) -> DeviceMesh | None:
         """The ranks that share parameters, (shard,), or (replicas, shard); None in one process.
 
@@ -56,8 +65,8 @@ class Layout:
         """
         if self.grid is None:
             return None
-        name = "shard_of_experts" if of_experts else "shard"
-        return self.grid["replicas", name] if self.sizes["replicas"] > 1 else self.grid[name]
+        view = self.sparse if of_experts else self.dense
+        return view["replicas", "shard"] if self.sizes["replicas"] > 1 else view["shard"]
 
 
 def lay_out(parallel: ParallelConfig, mesh: Mesh, device_type: str = "cpu") -> Layout:
@@ -66,10 +75,14 @@ def lay_out(parallel: ParallelConfig, mesh: Mesh, device_type: str = "cpu") -> L
     if mesh.world_size == 1:
         return Layout(mesh)
     sizes = {name: found.get(name, found["fsdp"] // found["expert"]) for name in AXES}
-    grid = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES)
-    grid["outer", "context", "expert"]._flatten("shard")
-    grid["outer", "context"]._flatten("shard_of_experts")
-    return Layout(mesh, sizes, grid)
+    world = init_device_mesh(device_type, (mesh.world_size,), mesh_dim_names=("world",))
+    outer, inner = sizes["outer"] * sizes["context"], sizes["expert"]
+    before, tensor = (sizes["pipeline"], sizes["replicas"]), sizes["tensor"]
+    # three views of the same ranks, for three ways to cut what replicas and tensor leave
+    return Layout(mesh, sizes, world._unflatten(0, tuple(sizes.values()), AXES),
+                  world._unflatten(0, (*before, outer * inner, tensor), ("pipeline", "replicas", "shard", "tensor")),
+                  world._unflatten(0, (*before, outer, inner, tensor),
+                                   ("pipeline", "replicas", "shard", "expert", "tensor")))
 
 
 def factors(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
