@@ -21,9 +21,9 @@ from nanomai.parallel.mesh import Mesh, RankFailed
 
 MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24, vocab_size=130,
                     context_length=8, tied_embeddings=False)
-# Five experts are shared out unevenly. Without losses of the router: they are means over one rank's tokens.
+# Six experts are shared out unevenly to four. Without losses of the router: they are means over one rank's tokens.
 EXPERTS = dataclasses.replace(MODEL, n_layers=3, moe=MoEConfig(
-    n_experts=5, experts_per_token=2, d_expert=24, n_shared_experts=1, n_dense_layers=1, router="sigmoid",
+    n_experts=6, experts_per_token=2, d_expert=24, n_shared_experts=1, n_dense_layers=1, router="sigmoid",
     bias_speed=0.01))
 MODELS = {"dense": MODEL, "experts": EXPERTS, "tied": dataclasses.replace(MODEL, tied_embeddings=True)}
 MAX_NORM = 0.5

@@ -1,4 +1,5 @@
-"""The order in which parallelism is laid over a model, outside the model: tensor, recompute, compile, share out.
+"""The order in which parallelism is laid over a model, outside the model: tensor, expert, recompute, compile,
+FSDP.
 
 The model arrives on the meta device, as shapes; its values come last, so that no rank ever holds a whole one.
 """
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanomai.config import ParallelConfig
-from nanomai.parallel import fsdp, tensor
+from nanomai.parallel import expert, fsdp, tensor
 from nanomai.parallel.layout import Layout
 from nanomai.parallel.recompute import recompute
 
@@ -25,6 +26,8 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
     layout, parallel = layout or Layout(), parallel or ParallelConfig()
     if (ranks := layout.axis("tensor")) is not None:
         tensor.share_products(model, ranks)
+    if (ranks := layout.axis("expert")) is not None:
+        expert.share_experts(model, ranks)
     recompute(model, parallel.recompute)
     if compile_blocks:
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are

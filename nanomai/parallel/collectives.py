@@ -33,6 +33,16 @@ def to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _ToAll.apply(x, group)
 
 
+def exchange(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All-to-all: the first `sent[0]` rows go to rank 0, and so on; `received[r]` rows come from rank r, in order."""
+    return _Exchange.apply(x, received, sent, group)
+
+
+def exchanged(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    """`exchange` without a gradient."""
+    return ops.wait_tensor(ops.all_to_all_single(x.contiguous(), received, sent, group.group_name))
+
+
 def gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """`gather` without a gradient."""
     y = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
@@ -89,3 +99,14 @@ class _ToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         return _summed(d_y, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, received, sent, group):
+        ctx.back = sent, received, group
+        return exchanged(x, received, sent, group)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        return exchanged(d_y, *ctx.back), None, None, None

@@ -22,9 +22,11 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: b
     """
     # inputs stay as they are: rotations are float32 on purpose
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    ranks = layout.sharding()
+    ranks, options = layout.sharding(), {"mp_policy": policy, "reshard_after_forward": not keep_gathered}
     for block in model.blocks.values():
-        fully_shard(block, mesh=ranks, mp_policy=policy, reshard_after_forward=not keep_gathered)
+        if layout.axis("expert") is not None and hasattr(block.mlp, "experts"):
+            fully_shard(block.mlp.experts, mesh=layout.sharding(of_experts=True), **options)
+        fully_shard(block, mesh=ranks, **options)
     fully_shard(model, mesh=ranks, mp_policy=policy)  # first and last to run, so it stays gathered in between
     for unit in units(model):
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other

@@ -15,11 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from nanomai.config import ConfigError, ModelConfig
 from nanomai.ops import IGNORE
 from nanomai.parallel.collectives import gather, gathered, scatter_sum, to_all, total
+from nanomai.parallel.shares import cut, see_own_parts
 
 # Ends of parameter names, and the dimension along which each is cut. All others are whole on every rank.
 CUT = {
@@ -51,13 +52,11 @@ def share_products(model: nn.Module, ranks: DeviceMesh) -> None:
     """Cuts the parameters of `model` along `ranks` and lays the collectives around its layers."""
     check(model.config, ranks.size())
     for prefix, module in list(model.named_modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            placement = _placement(f"{prefix}.{name}")
-            local = parameter.chunk(ranks.size(), placement.dim)[0].contiguous() if placement.is_shard() else parameter
-            shared = DTensor.from_local(local.detach(), ranks, [placement], run_check=False)
-            module.register_parameter(name, nn.Parameter(shared))
-    for prefix, module in list(model.named_modules()):
-        _see_own_part(module, prefix)
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        for name in names:
+            cut(module, name, ranks, _placement(f"{prefix}.{name}"))
+        alone = [name for name in names if f"{prefix}.{name}".endswith(ADDED_TO_SUMS)]
+        see_own_parts(module, {name: lambda bias: bias * (ranks.get_local_rank() == 0) for name in alone})
     sequence = _Sequence(ranks.get_group())
     sequence.surround(model)
     for block in model.blocks.values():
@@ -67,28 +66,6 @@ def share_products(model: nn.Module, ranks: DeviceMesh) -> None:
 def _placement(name: str) -> Placement:
     ends = [end for end in CUT if f".{name}".endswith(f".{end}")]
     return Shard(CUT[ends[0]]) if ends else Replicate()
-
-
-def _see_own_part(module: nn.Module, prefix: str) -> None:
-    """From now on `module.weight` is this rank's part, a plain tensor, whoever asks for it.
-
-    What is whole on every rank takes part in different sums on each, so its gradient is the sum of theirs.
-    """
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    if not names:
-        return
-
-    def part(self: nn.Module, name: str) -> Tensor:
-        parameter = nn.Module.__getattr__(self, name)
-        if parameter.device_mesh.ndim > 1:
-            return parameter  # FSDP has it, and computes nothing with it
-        whole = all(placement.is_replicate() for placement in parameter.placements)
-        local = parameter.to_local(grad_placements=[Partial()] if whole else None)
-        alone = f".{prefix}.{name}".endswith(ADDED_TO_SUMS) and parameter.device_mesh.get_local_rank() != 0
-        return local * 0 if alone else local
-
-    properties = {name: property(functools.partial(part, name=name)) for name in names}
-    module.__class__ = type(type(module).__name__, (type(module),), properties)
 
 
 def _count_own_heads(attention: nn.Module, size: int) -> None:

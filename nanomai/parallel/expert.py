@@ -1,0 +1,59 @@
+"""Expert parallel: each rank holds some experts whole, and tokens travel to them and back (arXiv 2006.16668).
+
+The (token, expert) pairs of a rank are sorted by expert, as in `moe.py`, and so by the rank that has it. No token is
+dropped, so ranks first tell each other how many are to come. One all-to-all brings the rows, the experts that are here
+run on all that have come, and a second one brings the results back; gradients take the same way. Letters as in `moe.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from nanomai.config import ConfigError, ModelConfig
+from nanomai.grouped import sort_pairs, to_experts, to_tokens
+from nanomai.moe import Experts
+from nanomai.parallel.collectives import exchange, exchanged
+from nanomai.parallel.shares import cut, see_own_parts
+
+
+def check(config: ModelConfig, size: int) -> None:
+    """ConfigError unless `size` ranks can share out the experts of this model."""
+    n = config.moe.n_experts
+    if n == 0:
+        raise ConfigError(f"parallel expert {size} needs a model with experts", "parallel.expert")
+    if n % size:
+        fitting = max(f for f in range(1, size) if n % f == 0)
+        raise ConfigError(f"parallel expert {size} cannot share out {n} experts; the nearest that works is {fitting}",
+                          "parallel.expert")
+
+
+def share_experts(model: nn.Module, ranks: DeviceMesh) -> None:
+    """Gives each rank its part of every layer's experts."""
+    check(model.config, ranks.size())
+    for block in model.blocks.values():
+        if (experts := getattr(block.mlp, "experts", None)) is not None:
+            for name, _ in list(experts.named_parameters(recurse=False)):
+                cut(experts, name, ranks, Shard(0))
+            see_own_parts(experts)
+            experts.forward = functools.partial(_forward, experts, ranks.get_group())
+
+
+def _forward(experts: Experts, group: dist.ProcessGroup, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """x (N, D), weights and chosen (N, k) -> (N, D), as `Experts.forward`. The host waits for the counts."""
+    size, here = group.size(), len(experts.w_up)
+    pairs = sort_pairs(chosen, size * here)
+    counts = pairs.ends.diff(prepend=pairs.ends.new_zeros(1)).view(size, here)
+    coming = exchanged(counts, [1] * size, [1] * size, group)  # (R, E / R): from each rank, for each expert here
+    sent, received = counts.sum(1).tolist(), coming.sum(1).tolist()
+    rows = exchange(to_experts(x, pairs), received, sent, group)  # (M, D), by rank, then by expert
+    experts_of_rows = torch.arange(here, device=x.device).repeat(size).repeat_interleave(coming.flatten())
+    ones = torch.ones_like(experts_of_rows, dtype=weights.dtype)
+    y = Experts.forward(experts, rows, ones[:, None], experts_of_rows[:, None])
+    y = to_tokens(exchange(y, sent, received, group), pairs)  # (N, k, D)
+    return (y * weights[..., None].to(x.dtype)).sum(1)

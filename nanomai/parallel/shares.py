@@ -1,0 +1,40 @@
+"""Parameters of which each rank of a line has a part, and computes with that part as if it were all there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement
+
+
+def cut(module: nn.Module, name: str, ranks: DeviceMesh, placement: Placement) -> None:
+    """Makes a parameter on the meta device a DTensor that is cut (Shard), or whole (Replicate), along `ranks`."""
+    local = module.get_parameter(name).detach()
+    if placement.is_shard():
+        local = local.chunk(ranks.size(), placement.dim)[0].contiguous()
+    module.register_parameter(name, nn.Parameter(DTensor.from_local(local, ranks, [placement], run_check=False)))
+
+
+def see_own_parts(module: nn.Module, change: dict[str, Callable[[Tensor], Tensor]] | None = None) -> None:
+    """From now on `module.weight` is this rank's part, a plain tensor, whoever asks; `change` changes it on the way.
+
+    What is whole on every rank takes part in another sum on each, so its gradient is the sum of theirs.
+    """
+    properties = {name: _part(name, parameter.device_mesh.ndim, (change or {}).get(name))
+                  for name, parameter in module.named_parameters(recurse=False)}
+    if properties:
+        module.__class__ = type(type(module).__name__, (type(module),), properties)
+
+
+def _part(name: str, ndim: int, change: Callable[[Tensor], Tensor] | None) -> property:
+    def get(module: nn.Module) -> Tensor:
+        parameter = nn.Module.__getattr__(module, name)
+        if parameter.device_mesh.ndim > ndim:
+            return parameter  # it is FSDP that asks, and computes nothing with it
+        whole = all(placement.is_replicate() for placement in parameter.placements)
+        part = parameter.to_local(grad_placements=[Partial()] * ndim if whole else None)
+        return change(part) if change else part
+
+    return property(get)
