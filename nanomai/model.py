@@ -178,7 +178,8 @@ class Transformer(Part):
             x = x + self.positions(positions.clamp_min(0)).to(x.dtype)
         rotary = None
         if config.position == "rope":
-            rotary = self._rotary(positions, keys.shape[-1], t, torch.promote_types(x.dtype, torch.float32))
+            past = 0 if cache is None else cache.length
+            rotary = self._rotary(positions, keys.shape[-1], past, torch.promote_types(x.dtype, torch.float32))
         if cache is not None:
             mask = cache.mask(positions, keys, config.sliding_window)
         else:
@@ -186,10 +187,10 @@ class Transformer(Part):
             mask = training_mask(positions, config.sliding_window, document_ids, config.head_dim, impl)
         return x, rotary, mask, self._sparse_mask(positions, keys, document_ids, cache)
 
-    def _rotary(self, positions: Tensor, length: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in a text of `length` tokens, the last `new` of which are at `positions`."""
+    def _rotary(self, positions: Tensor, length: int, past: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at `positions` in a text of `length` tokens, of which `past` were turned before."""
         config = self.config
-        if new < length and rope.beyond(config, length) and not rope.beyond(config, length - new):
+        if past and rope.beyond(config, length) and not rope.beyond(config, past):
             raise ValueError(f"the text outgrows rope_scaling.original_context {config.rope_scaling.original_context}, "
                              "and what is cached was turned by the short factors: read the whole text again")
         cos, sin = ops.cos_sin(positions, rope.frequencies(config, length, positions.device, dtype))

@@ -30,13 +30,14 @@ MAX_NORM = 0.5
 STEPS, ROWS = 5, 8
 
 
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(8, 8) ids and targets; the ranks count different numbers of tokens."""
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(8, 8) ids, targets and documents; the ranks count different numbers of tokens."""
     ids = torch.randint(MODEL.vocab_size, (ROWS, 9), generator=torch.Generator().manual_seed(step))
     targets = ids[:, 1:].clone()
     targets[: ROWS // 4] = IGNORE
     targets[-1, 3:] = IGNORE
-    return ids[:, :-1], targets
+    documents = torch.arange(8).expand(ROWS, 8) // 3 * (torch.arange(ROWS) % 2)[:, None]  # several in every second row
+    return ids[:, :-1], targets, documents
 
 
 def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimizer: str = "adamw",
@@ -52,9 +53,9 @@ def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimiz
     optimizers = build_optimizers(model, OptimConfig(name=optimizer))
     set_learning_rate(optimizers, 1e-2)
     for step in range(STEPS):
-        ids, targets = (x.chunk(layout.data_size)[layout.data_rank] for x in batch(step))
+        ids, targets, documents = (x.chunk(layout.data_size)[layout.data_rank] for x in batch(step))
         count, loss = layout.sum((targets != IGNORE).sum().double()).item(), torch.zeros(())
-        parts = list(zip(ids.chunk(micro_batches), targets.chunk(micro_batches), strict=True))
+        parts = list(zip(*(x.chunk(micro_batches) for x in (ids, targets, documents)), strict=True))
         for i, part in enumerate(parts, 1):
             fsdp.sum_after(model, last=i == len(parts))
             micro_loss = model(*part, reduction="sum")

@@ -1,5 +1,5 @@
-"""The order in which parallelism is laid over a model, outside the model: tensor, expert, recompute, compile,
-FSDP.
+"""The order in which parallelism is laid over a model, outside the model: context, tensor, expert,
+recompute, compile, FSDP.
 
 The model arrives on the meta device, as shapes; its values come last, so that no rank ever holds a whole one.
 """
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanomai.config import ParallelConfig
-from nanomai.parallel import expert, fsdp, tensor
+from nanomai.parallel import context, expert, fsdp, tensor
 from nanomai.parallel.layout import Layout
 from nanomai.parallel.recompute import recompute
 
@@ -24,6 +24,8 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
                 compile_blocks: bool = False) -> nn.Module:
     """Lays the transforms over `model` in place. A compiled block holds what is computed again, and no collective."""
     layout, parallel = layout or Layout(), parallel or ParallelConfig()
+    if (ranks := layout.axis("context")) is not None:
+        context.share_sequences(model, ranks)
     if (ranks := layout.axis("tensor")) is not None:
         tensor.share_products(model, ranks)
     if (ranks := layout.axis("expert")) is not None:

@@ -56,7 +56,8 @@ class Layout:
 
     def sum(self, x: Tensor) -> Tensor:
         """`x`, which counts something of this rank's part of the batch, over the whole batch. In place."""
-        return self.mesh.sum(x).div_(self.sizes["tensor"])  # whose ranks have all counted the same
+        same = self.sizes["tensor"] * self.sizes["context"]  # ranks that read the same part
+        return self.mesh.sum(x).div_(same)
 
     def sharding(self, of_experts: bool = False) -> DeviceMesh | None:
         """The ranks that share parameters, (shard,), or (replicas, shard); None in one process.

@@ -96,9 +96,8 @@ class _Sequence:
         model.register_forward_hook(self.end, with_kwargs=True)
 
     def begin(self, model, inputs, options) -> None:
-        """Sampling goes on from a cache, often by one position: there is nothing to split."""
-        whole = options.get("cache") is not None or options.get("last_only")
-        self.split = not whole and inputs[0].shape[1] % self.size == 0
+        """Sampling goes on by one position: there is nothing to split, and of a prompt it wants the last one."""
+        self.split = not options.get("last_only") and inputs[0].shape[1] % self.size == 0
 
     def embed(self, embed: nn.Embedding, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T / R, D). Each rank looks up what lies in its part of the vocabulary."""
