@@ -195,9 +195,10 @@ class Config:
         if t > self.model.context_length and self.model.position == "learned":
             raise ConfigError(f"sequence_length {t} is longer than context_length {self.model.context_length}, "
                               "and learned positions end there", "train.sequence_length")
-        if t % (2 * self.parallel.context) and self.parallel.context > 1:
-            raise ConfigError(f"parallel context {self.parallel.context} cuts sequences into {2 * self.parallel.context} "
-                              f"pieces, and {t} tokens are not divisible by that", "parallel.context")
+        pieces = 2 * self.parallel.context
+        if t % pieces and pieces > 2:
+            raise ConfigError(f"context {self.parallel.context} cuts sequences into {pieces} pieces, and {t} tokens "
+                              "cannot be cut so", "parallel.context")
         for tokens in _values(self.train.batch_tokens):
             if tokens % t:
                 near = max(1, round(tokens / t)) * t

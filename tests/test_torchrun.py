@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
-from tiny_run import curve, environment, nanomai, tiny, write_tiny
+import torch
+from tiny_run import curve, environment, nanomai, rows, tiny, write_tiny
 
-from nanomai import data, trainer
+from nanomai import data, load_run, trainer
 from nanomai.parallel.launch import launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nanomai"]
@@ -113,3 +114,49 @@ def test_different_token_counts_and_refusals_on_two_ranks(here):
     launch(_use_every_rank, 2)
     _train_masked(0, "one")
     same(curve("two"), curve("one"))
+
+
+WIDE = {"model__n_heads": 4, "model__n_kv_heads": 2, "model__head_dim": 8, "model__vocab_size": 260,
+        "optim__name": "muon", "train__batch_tokens": 256, "train__sample_prompt": "the"}
+EXPERTS = {"model__moe__n_experts": 4, "model__moe__d_expert": 32, "model__moe__router": "sigmoid",
+           "model__moe__bias_speed": 0.01}
+
+
+def _train_laid_out(rank, layouts):
+    for name, settings in layouts.items():
+        trainer.train(tiny(train__run_dir=name, train__steps=6, **WIDE, **settings), show=False)
+
+
+def test_a_run_is_the_same_however_it_is_laid_out(here):
+    """The trainer's whole way: counts, accumulation, evaluation, a sample, a checkpoint that one process reads."""
+    two = {"tensor": {"parallel__tensor": 2}, "context": {"parallel__context": 2, "train__micro_batch": 3},
+           "experts": {"parallel__expert": 2, "parallel__recompute": "full", **EXPERTS}}
+    four = {"hsdp": {"parallel__replicas": 2}, "fsdp-tensor": {"parallel__tensor": 2}}
+    launch(_train_laid_out, 2, two, timeout_s=300)
+    launch(_train_laid_out, 4, four, timeout_s=300)
+    _train_laid_out(0, {"one": {}, "one-of-experts": EXPERTS})
+    for name in (*two, *four):
+        one = "one-of-experts" if name == "experts" else "one"
+        same(curve(name), curve(one))
+        assert rows(name)[-1]["val_loss"] == pytest.approx(rows(one)[-1]["val_loss"], rel=1e-5)
+        assert (here / name / "sample.txt").read_text() == (here / one / "sample.txt").read_text()
+        ours, theirs = (load_run(run).model.state_dict() for run in (name, one))
+        for parameter, tensor in theirs.items():
+            torch.testing.assert_close(ours[parameter], tensor, rtol=1e-3, atol=1e-5)
+
+
+def _train_on(rank, steps, settings):
+    trainer.train(tiny(train__run_dir="moved", train__steps=steps, train__resume=steps > 3, optim__schedule="constant",
+                       **WIDE, **settings), show=False)
+
+
+def test_a_run_moves_between_layouts(here):
+    """Saved on four ranks, resumed on two, one and four again, with optimizer state, in other layouts."""
+    for world_size, steps, settings in ((4, 3, {"parallel__tensor": 2}), (2, 6, {}), (1, 9, {}),
+                                        (4, 12, {"parallel__replicas": 2})):
+        if world_size == 1:
+            _train_on(0, steps, settings)
+        else:
+            launch(_train_on, world_size, steps, settings, timeout_s=300)
+    trainer.train(tiny(train__run_dir="still", train__steps=12, optim__schedule="constant", **WIDE), show=False)
+    same(curve("moved"), curve("still"))

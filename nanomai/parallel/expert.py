@@ -2,7 +2,7 @@
 
 The (token, expert) pairs of a rank are sorted by expert, as in `moe.py`, and so by the rank that has it. No token is
 dropped, so ranks first tell each other how many are to come. One all-to-all brings the rows, the experts that are here
-run on all that have come, and a second one brings the results back; gradients take the same way. Letters as in `moe.py`.
+run on all that have come, and a second one brings the results back, as it does gradients. Letters as in `moe.py`.
 """
 
 from __future__ import annotations
