@@ -11,7 +11,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +21,11 @@ from nanomai.config import Config, ConfigError
 from nanomai.config_file import load_config
 from nanomai.data import Batch, make_key, rank_spans, timed
 from nanomai.evaluation import Evaluation, compressed_bits_per_byte, evaluate, validation_text
-from nanomai.guard import SpikeGuard
-from nanomai.model import Transformer, init_weights
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
-from nanomai.optim import build_optimizers, learning_rate, named_state, piecewise, set_learning_rate
+from nanomai.optim import learning_rate, piecewise, set_learning_rate
 from nanomai.parallel import fsdp
-from nanomai.parallel.apply import allocate, clip_gradients, parallelize, share
+from nanomai.parallel.apply import clip_gradients
 from nanomai.parallel.launch import StopSignal, process_group
 from nanomai.parallel.layout import lay_out
 from nanomai.parallel.mesh import Mesh
@@ -36,6 +33,7 @@ from nanomai.preparation import prepare
 from nanomai.report import Report, profiled
 from nanomai.sampling import stream_text
 from nanomai.show import plot_loss
+from nanomai.state import RunState
 
 
 class TrainingStopped(RuntimeError):
@@ -98,18 +96,13 @@ class Trainer:
         verify = mesh.local_rank == 0  # one rank reads a machine's data through, and all stop if it is damaged
         self.loader = self.prepared.loader(config.sequence_length, config.data.seed, verify)
         self.validation = self.prepared.validation(config.sequence_length, verify)
-        self.checkpoint = self._find_checkpoint()
-        self.model = self._build()
-        self.optimizers = build_optimizers(self.model, self.config.optim, getattr(torch, train.dtype))
-        self.guard = SpikeGuard(train.spike_deviations)
-        self.steps_done, self.samples = 0, 0
         self.recent_seconds: deque[float] = deque(maxlen=16)
-        self._restore()
-        self.loader.require(self.samples + sum(self._batch_samples()))
+        self.state = RunState(config, folder, self.layout, device, self.prepared.tokenizer, self.loader.identity,
+                              report)
+        self.loader.require(self.state.samples + sum(self._batch_samples()))
         list(rank_spans(0, set(self._batch_samples()), 0, self.layout.data_size))  # DataError if they can't share one
         mesh.from_main(self._accept)
-        self.saver = checkpoint.Saver(folder / "checkpoints", train.keep_checkpoints, mesh, device.type)
-        self.metrics = runs.Metrics(self.folder / "metrics.jsonl", self.steps_done) if mesh.is_main else None
+        self.metrics = runs.Metrics(self.folder / "metrics.jsonl", self.state.steps_done) if mesh.is_main else None
         self.val: Evaluation | None = None
 
     # --- Setting up ---------------------------------------------------------------------------------------------------
@@ -119,78 +112,31 @@ class Trainer:
         runs.write_config(self.folder, self.config)
         self.prepared.tokenizer.save(self.folder / "tokenizer.json")
 
-    def _build(self) -> Transformer:
-        """As shapes first, then laid over the ranks, then with values: no rank needs memory for more than its share."""
-        train = self.config.train
-        with torch.device("meta"):
-            model = Transformer(self.config.model)
-        model.compute_dtype = getattr(torch, train.dtype)
-        model.set_kernels(train.kernels)
-        parallelize(model, self.layout, self.config.parallel, train.compile == "on")
-        allocate(model, self.device)
-        if self.checkpoint is None:
-            init_weights(model, train.seed, share)
-            if train.init_from:
-                runs.begin_from(model, train.init_from, self.prepared.tokenizer, self.mesh)
-        return model
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of a checkpoint."""
-        optimizer = {f"optimizer/{name}": t for name, t in named_state(self.optimizers, self.model).items()}
-        return runs.model_state(self.model) | optimizer
-
-    def _find_checkpoint(self) -> Path | None:
-        """The newest good one of a resumed run; damaged ones are named."""
-        if not self.config.train.resume:
-            return None
-        path, complaints = self.mesh.from_main(lambda: checkpoint.newest(self.folder / "checkpoints"))
-        for line in complaints:
-            self.report.warn(f"{line}; using the one before it")
-        if path is None:
-            self.report.say("no checkpoint yet: starting at step 0")
-        return path
-
-    def _restore(self) -> None:
-        """Goes back to that checkpoint, if there is one."""
-        if (path := self.checkpoint) is None:
-            return
-        state, tensors = checkpoint.read_state(path), self._tensors()
-        if state["data"] != self.loader.identity:
-            raise ConfigError(f"{path} was trained on other data than data.corpus, data.seed and the sequence length "
-                              "give now; resume with the same, or start a run with --train.init-from")
-        checkpoint.load(path, tensors, self.mesh)
-        self.guard.restore(state["guard"])
-        self.steps_done, self.samples = state["step"], state["samples"]
-        if state["machine"] != machine.describe(self.device, self.mesh.world_size):
-            self.report.warn(f"saved on {state['machine']}: losses here will differ in their last digits")
-        self.report.say(f"resuming {path}")
-        if self.steps_done >= self.config.train.steps:
-            self.report.warn(f"all its {self.steps_done} steps are done; a larger --train.steps would train it on")
-
     # --- Running ------------------------------------------------------------------------------------------------------
 
     def run(self) -> RunResult:
         """Steps until the end or a signal; evaluates, samples and saves on the way."""
         train = self.config.train
-        batches = self.loader.batches(self.samples, self._batch_samples(), self.layout.data_rank, self.layout.data_size)
-        with contextlib.closing(batches), self.saver:
+        batches = self.loader.batches(self.state.samples, self._batch_samples(), self.layout.data_rank,
+                                      self.layout.data_size)
+        with contextlib.closing(batches), self.state.saver:
             for asked_at, batch in timed(batches):
                 row = self.step(batch, asked_at)
                 if row is None:
                     return self._interrupted()
                 self.after_step()
-                last = self.steps_done == train.steps
-                if _due(train.eval_every, self.steps_done) and not last:
+                last = self.state.steps_done == train.steps
+                if _due(train.eval_every, self.state.steps_done) and not last:
                     self._evaluate()
-                if self.shown and _due(train.sample_every, self.steps_done) and not last:
+                if self.shown and _due(train.sample_every, self.state.steps_done) and not last:
                     self._sample()
-                if last or _due(train.checkpoint_every, self.steps_done):
-                    self._save()
+                if last or _due(train.checkpoint_every, self.state.steps_done):
+                    self.state.save()
                 self._progress(row)
             return self._finish()  # whatever happens there, the last step is saved
 
     def _batch_samples(self) -> Iterator[int]:
-        for step in range(self.steps_done, self.config.train.steps):
+        for step in range(self.state.steps_done, self.config.train.steps):
             yield piecewise(self.config.train.batch_tokens, step) // self.config.sequence_length
 
     def step(self, batch: Batch, asked_at: float) -> dict | None:
@@ -198,41 +144,46 @@ class Trainer:
 
         Its time runs from `asked_at`, so that waiting for data shows as slowness.
         """
-        train = self.config.train
-        valid = (batch.targets != IGNORE).sum().item()
+        state, valid = self.state, (batch.targets != IGNORE).sum().item()
         n_valid, stop, n_samples = self.layout.sum(torch.tensor(
             [valid, self.stop.name is not None, len(batch.ids)], dtype=torch.float64)).tolist()
         if stop:
             return None
-        loss = torch.zeros((), device=self.device)
-        first = self.samples + self.layout.data_rank * len(batch.ids)  # this rank's first sample
-        parts = list(zip(*(x.split(train.micro_batch) for x in batch), strict=True))
-        for i, micro in enumerate(parts):
-            # what a router draws belongs to the samples, whichever rank or session has them
-            torch.manual_seed(make_key(train.seed, first + i * train.micro_batch).item())
-            fsdp.sum_after(self.model, last=i == len(parts) - 1)
-            micro_loss = self.model(*(x.to(self.device, non_blocking=True) for x in micro), reduction="sum")
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        imbalance = sum_loads(self.model, self.mesh.sum)  # asked for before the host waits, read after
+        loss = self._backward(batch)
+        imbalance = sum_loads(state.model, self.mesh.sum)  # asked for before the host waits, read after
         loss = (self.layout.sum(loss) / n_valid).item()
-        grad_norm = clip_gradients(self.model, self.config.optim.grad_clip, n_valid).item()
-        lr = learning_rate(self.config.optim, self.steps_done, train.steps)
-        reason = self.guard.verdict(loss, grad_norm)
+        grad_norm = clip_gradients(state.model, self.config.optim.grad_clip, n_valid).item()
+        lr = learning_rate(self.config.optim, state.steps_done, self.config.train.steps)
+        reason = state.guard.verdict(loss, grad_norm)
         if reason is None:
-            set_learning_rate(self.optimizers, lr)
-            for optimizer in self.optimizers:
+            set_learning_rate(state.optimizers, lr)
+            for optimizer in state.optimizers:
                 optimizer.step()
-        balance_experts(self.model, move=reason is None)
-        for optimizer in self.optimizers:
+        balance_experts(state.model, move=reason is None)
+        for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.steps_done, self.samples = self.steps_done + 1, self.samples + int(n_samples)
+        state.steps_done, state.samples = state.steps_done + 1, state.samples + int(n_samples)
         seconds = time.perf_counter() - asked_at
         self.recent_seconds.append(seconds)
-        row = {"step": self.steps_done, "loss": loss, "grad_norm": grad_norm, "lr": lr,
+        row = {"step": state.steps_done, "loss": loss, "grad_norm": grad_norm, "lr": lr,
                "tokens_per_second": round(n_samples * self.config.sequence_length / seconds, 1)}
         row |= {} if imbalance is None else {"moe/imbalance": imbalance.item()}
         return self._record(row, reason)
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Adds up the gradients of this rank's part of the batch, in micro-batches; returns the sum of the losses."""
+        train, model = self.config.train, self.state.model
+        loss = torch.zeros((), device=self.device)
+        first = self.state.samples + self.layout.data_rank * len(batch.ids)  # this rank's first sample
+        micro_batches = list(zip(*(x.split(train.micro_batch) for x in batch), strict=True))
+        for i, micro in enumerate(micro_batches, 1):
+            # what a router draws belongs to the samples, whichever rank or session has them
+            torch.manual_seed(make_key(train.seed, first + (i - 1) * train.micro_batch).item())
+            fsdp.sum_after(model, last=i == len(micro_batches))
+            micro_loss = model(*(x.to(self.device, non_blocking=True) for x in micro), reduction="sum")
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        return loss
 
     def _record(self, row: dict, reason: str | None) -> dict:
         """Logs the step; stops the run if too many in a row were refused."""
@@ -240,12 +191,13 @@ class Trainer:
             self.metrics.add(**row, **({"skipped": reason} if reason else {}))
         if reason:
             self.report.warn(f"step {row['step']} skipped: {reason}")
-            if self.guard.skipped_in_a_row >= self.config.train.max_skipped:
-                self.saver.wait()
+            if self.state.guard.skipped_in_a_row >= self.config.train.max_skipped:
+                self.state.saver.wait()
                 good, _ = self.mesh.from_main(lambda: checkpoint.newest(self.folder / "checkpoints"))
                 back = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
-                raise TrainingStopped(f"{self.guard.skipped_in_a_row} steps in a row were refused, the last because "
-                                      f"{reason}; {back}: lower optim.lr, or look at the data, and resume")
+                skipped = self.state.guard.skipped_in_a_row
+                raise TrainingStopped(f"{skipped} steps in a row were refused, the last because {reason}; {back}: "
+                                      "lower optim.lr, or look at the data, and resume")
         return row
 
     def _evaluate(self, last: bool = False) -> None:
@@ -254,43 +206,37 @@ class Trainer:
         n = max(1, (train.final_eval_tokens if last else train.eval_tokens) // self.config.sequence_length)
         batches = self.validation.batches(train.micro_batch, n, self.layout.data_rank, self.layout.data_size)
         with torch.compiler.set_stance("force_eager"):
-            self.val = evaluate(self.model, self.prepared.tokenizer, batches, self.layout.sum)
-        fsdp.scatter(self.model)
-        if self.metrics and not self.metrics.has(self.steps_done, "val_loss"):
-            self.metrics.add(step=self.steps_done, val_loss=self.val.loss, val_bpb=self.val.bits_per_byte)
+            self.val = evaluate(self.state.model, self.prepared.tokenizer, batches, self.layout.sum)
+        fsdp.scatter(self.state.model)
+        if self.metrics and not self.metrics.has(self.state.steps_done, "val_loss"):
+            self.metrics.add(step=self.state.steps_done, val_loss=self.val.loss, val_bpb=self.val.bits_per_byte)
 
     def _write(self, tokens: int, seed: int) -> str:
         """A sample; all ranks draw the same one, since none has the whole model."""
         prompt, tokenizer = self.config.train.sample_prompt, self.prepared.tokenizer
         with torch.compiler.set_stance("force_eager"):
-            pieces = stream_text(self.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed)
+            pieces = stream_text(self.state.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed)
             text = "".join(pieces)
-        fsdp.scatter(self.model)
+        fsdp.scatter(self.state.model)
         return text
 
     def _sample(self) -> None:
-        text = self._write(64, self.steps_done)
+        text = self._write(64, self.state.steps_done)
         if self.mesh.is_main:
-            self.report.sample(self.steps_done, self.config.train.sample_prompt, text)
+            self.report.sample(self.state.steps_done, self.config.train.sample_prompt, text)
 
     def _progress(self, row: dict) -> None:
         steps, known = self.config.train.steps, len(self.recent_seconds) > 2  # the first may compile for a minute
-        left = (steps - self.steps_done) * statistics.median(self.recent_seconds) if known else None
+        left = (steps - self.state.steps_done) * statistics.median(self.recent_seconds) if known else None
         flops = row["tokens_per_second"] * self.config.model.flops_per_token(self.config.sequence_length)
         mfu, bpb = flops / (self.peak * self.mesh.world_size), self.val and self.val.bits_per_byte
-        self.report.progress(self.steps_done, steps, row, bpb, mfu, left)
-
-    def _save(self) -> Path:
-        state = {"step": self.steps_done, "samples": self.samples, "data": self.loader.identity,
-                 "guard": self.guard.state(), "config": asdict(self.config),
-                 "machine": machine.describe(self.device, self.mesh.world_size)}
-        return self.saver.save(self.steps_done, self._tensors(), state)
+        self.report.progress(self.state.steps_done, steps, row, bpb, mfu, left)
 
     # --- Ending -------------------------------------------------------------------------------------------------------
 
     def _interrupted(self) -> RunResult:
-        path = self._save()
-        self.saver.wait()
+        path = self.state.save()
+        self.state.saver.wait()
         self.report.interrupted(self.stop.name or "another rank was told to stop", path, self.folder)
         return self._result(finished=False)
 
@@ -305,13 +251,14 @@ class Trainer:
             title = f"{self.config.name}: {self.config.model.n_parameters:,} parameters"
             plot_loss(self.metrics.rows, title, self.folder / "loss.png", levels)
             self.report.closing(self.config, self.folder, self.val.loss, self.val.bits_per_byte, levels,
-                                self.guard.skipped)
+                                self.state.guard.skipped)
         return self._result(finished=True)
 
     def _result(self, finished: bool) -> RunResult:
         losses = [row["loss"] for row in self.metrics.rows if row.get("loss") is not None] if self.metrics else []
         val = self.val if finished else None
-        return RunResult(self.folder, self.steps_done, losses, val and val.loss, val and val.bits_per_byte, finished)
+        return RunResult(self.folder, self.state.steps_done, losses, val and val.loss, val and val.bits_per_byte,
+                         finished)
 
 
 def _due(every: int, step: int) -> bool:

@@ -226,13 +226,13 @@ def test_a_hostile_pickle_is_not_run(file, sealed, message, here, capsys):
 
 def test_a_checkpoint_that_is_not_finite(capsys, monkeypatch):
     monkeypatch.setattr(trainer, "stream_text", lambda *_, **__: iter(["text"]))
-    init = trainer.init_weights
+    init = state.init_weights
 
     def spoiled(model, *arguments):
         init(model, *arguments)
         model.norm.weight.data[0] = float("inf")
 
-    monkeypatch.setattr(trainer, "init_weights", spoiled)
+    monkeypatch.setattr(state, "init_weights", spoiled)
     assert main(["train", "tiny.yaml", "--train.max-skipped", "2"]) == 1
     assert "2 steps in a row were refused, the last because the loss is nan; no checkpoint had been saved" in (
         capsys.readouterr().err)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BELOW_TRAINER = """parts architecture config config_file files kernels masks ops rope layers grouped moe mla model
                    tokenizer pretrained corpus shards data optim parallel checkpoint planner runs sampling evaluation
-                   hub simulator machine guard preparation report"""
+                   hub simulator machine guard preparation report state"""
 PUBLIC = BELOW_TRAINER + " show trainer post"
 
 # A room is a file or a folder of nanomai/. Inside a folder all is allowed; `folder.file` gives one file its own line.
@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "data": "config tokenizer shards",
     "optim": "config",
     "parallel": "config",
+    "parallel.context": "config masks",
+    "parallel.expert": "config grouped moe",
     "parallel.tensor": "config ops",
     "checkpoint": "config files parallel",  # saving is collective: it needs to know who the main rank is
     "planner": "config",
@@ -52,6 +54,7 @@ MAY_IMPORT = {
     "show": "",
     "report": "config show",
     "preparation": "config corpus pretrained tokenizer shards data machine",  # how many cores may tokenize
+    "state": "checkpoint config guard machine model optim parallel pretrained report runs tokenizer",
     "runs": "config config_file files model checkpoint parallel pretrained tokenizer",
     "sampling": "layers ops model rope tokenizer",  # the cache makes the masks of its rows
     "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks

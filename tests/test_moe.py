@@ -712,7 +712,7 @@ def test_resumed_is_unbroken(kind, tmp_path, monkeypatch):
     step = Trainer.step
 
     def interrupted(trainer, *arguments):
-        if trainer.steps_done == 5 and trainer.config.train.resume is False:
+        if trainer.state.steps_done == 5 and trainer.config.train.resume is False:
             signal.raise_signal(signal.SIGINT)
         return step(trainer, *arguments)
 

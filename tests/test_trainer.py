@@ -273,8 +273,8 @@ def test_a_bad_step_never_touches_weights_or_optimizer(settings, poison, after, 
     poison([5], float("nan"))
     seen = []
     for step in (4, 5, 6):
-        after(step, lambda t: seen.append({name: x.clone() for name, x in [*t._tensors().items(),
-                                                                           *t.model.named_buffers()]}))
+        after(step, lambda t: seen.append({name: x.clone() for name, x in [*t.state.tensors().items(),
+                                                                           *t.state.model.named_buffers()]}))
     assert train(tiny(**settings)).finished
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
     assert not torch.equal(seen[1]["model/embed.weight"], seen[2]["model/embed.weight"])
