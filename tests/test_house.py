@@ -92,8 +92,8 @@ MAY_NEED = {
 MAY_READ_ENVIRONMENT = ["cli", "machine", "parallel.launch"]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 
-# 4,000 lines for what trains, and 700 for the ways in and out of Hugging Face
-MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 40, 300, 4_700
+# 4,000 lines for what trains, 700 for the ways in and out of Hugging Face, and 1,200 for many ranks and their planning
+MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 40, 300, 5_900
 MAX_FILE_OF = {"model": 400}
 
 
@@ -273,7 +273,7 @@ FAULTS = [
     (too_long, {"../triton_kernels/a.py": "x = 1\n" * 301}, "triton_kernels/a.py: 301 lines; 300 are allowed"),
     (too_long, {"model.py": "x = 1\n" * 401}, "nanomai/model.py: 401 lines; 400 are allowed"),
     (too_long, {"ops.py": LONG_FUNCTION}, "nanomai/ops.py:1: _f has 41 lines; 40 are allowed"),
-    (too_long, {f"post/{i}.py": "x = 1\n" * 235 for i in range(20)}, "nanomai has 4700 lines of code"),
+    (too_long, {f"post/{i}.py": "x = 1\n" * 236 for i in range(25)}, "nanomai has 5900 lines of code"),
     (undocumented, {"ops.py": "def f():\n    pass"}, "nanomai/ops.py:1: f has no docstring"),
     (undocumented, {"../triton_kernels/a.py": "def f():\n    pass"}, "triton_kernels/a.py:1: f has no docstring"),
     (undocumented, {"ops.py": "class C:\n    x = 1"}, "nanomai/ops.py:1: C has no docstring"),

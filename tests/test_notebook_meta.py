@@ -186,7 +186,7 @@ BUGS = {
             soak=True),
         Bug("LongRoPE: long factors one token too early", "rope.py", "length > config.rope_scaling.original_context",
             "length >= config.rope_scaling.original_context", soak=True),
-        Bug("LongRoPE: a cache of short keys is taken", "model.py", "if new < length and rope.beyond(config, length)",
+        Bug("LongRoPE: a cache of short keys is taken", "model.py", "if past and rope.beyond(config, length)",
             "if False and rope.beyond(config, length)", soak=True),
     ],
 }
