@@ -51,8 +51,12 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
     A good checkpoint of the same step stays as it is: the state of a run at a step is one. Raises CheckpointError
     where the disk is full or cannot be written; what was saved before is untouched.
     """
-    with Saver(folder, keep, Mesh()) as saver:
-        return saver.save(step, tensors, state)
+    final, temporary = _places(folder, step)
+    with _explained(final, temporary):
+        _begin(temporary)
+        _write(tensors, temporary)
+        _finish(temporary, final, state, keep)
+    return final
 
 
 class Saver:
@@ -82,11 +86,11 @@ class Saver:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
         """Returns as soon as the numbers are copied; the path is there after `wait`. Collective."""
         self.wait()
-        final, temporary = self.folder / f"step-{step:08d}", self.folder / f".writing-step-{step:08d}"
+        final, temporary = _places(self.folder, step)
         with _explained(final, temporary):
             self.mesh.from_main(lambda: _begin(temporary))
         staged = self.stager.stage(tensors)
-        self.pending = self.pool.submit(self._write, staged, state, temporary, final)
+        self.pending = self.pool.submit(self._write_staged, staged, state, temporary, final)
         return final
 
     def wait(self) -> None:
@@ -96,14 +100,22 @@ class Saver:
             self.mesh.from_main(pending.result)  # rank 0 hears of every rank's trouble
             pending.exception()
 
-    def _write(self, tensors: dict[str, Tensor], state: dict, temporary: Path, final: Path) -> None:
+    def _write_staged(self, tensors: dict[str, Tensor], state: dict, temporary: Path, final: Path) -> None:
         with _explained(final, temporary):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, and fine
-                dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=self.group,
-                         no_dist=self.group is None)
+            _write(tensors, temporary, self.group)
             if self.mesh.is_main:
                 _finish(temporary, final, state, self.keep)
+
+
+def _places(folder: Path, step: int) -> tuple[Path, Path]:
+    """Where a checkpoint will be, and where it is written."""
+    return folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
+
+
+def _write(tensors: dict[str, Tensor], temporary: Path, group: dist.ProcessGroup | None = None) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, and fine
+        dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=group, no_dist=group is None)
 
 
 @contextlib.contextmanager

@@ -236,7 +236,7 @@ def test_a_checkpoint_that_is_not_finite(capsys, monkeypatch):
     assert main(["train", "tiny.yaml", "--train.max-skipped", "2"]) == 1
     assert "2 steps in a row were refused, the last because the loss is nan; no checkpoint had been saved" in (
         capsys.readouterr().err)
-    monkeypatch.setattr(trainer.SpikeGuard, "verdict", lambda *_: "as if it had let them through")
+    monkeypatch.setattr(state.SpikeGuard, "verdict", lambda *_: "as if it had let them through")
     assert main(["train", "tiny.yaml", "--train.steps", "1"]) == 0
     capsys.readouterr()
     for command in (["sample", "tiny-2"], ["eval", "tiny-2"], ["train", "runs/tiny-2", "--train.resume"]):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from nanomai.architecture import MoEConfig
 from nanomai.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig
 from nanomai.model import Transformer, build_model, init_weights
-from nanomai.moe import balance_experts
+from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import build_optimizers, named_state, set_learning_rate
 from nanomai.parallel import fsdp
@@ -68,7 +68,8 @@ def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimiz
         for each in optimizers:
             each.step()
             each.zero_grad()
-        balance_experts(model, mesh.sum)
+        sum_loads(model, mesh.sum)
+        balance_experts(model)
     found["parameters"] = {name: whole_of(p) for name, p in model.state_dict().items()}
     found["optimizer"] = {name: whole_of(t) for name, t in named_state(optimizers, model).items()}
     return found

@@ -215,7 +215,7 @@ def test_the_choices_of_auto_are_kept(after):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_muon_multiplies_in_the_runs_dtype(dtype, after):
     seen = []
-    after(1, lambda trainer: seen.append(trainer.optimizers[1].dtype))
+    after(1, lambda trainer: seen.append(trainer.state.optimizers[1].dtype))
     train(tiny(train__steps=1, train__dtype=dtype, optim__name="muon"), show=False)
     assert seen == [getattr(torch, dtype)]
 
@@ -223,7 +223,7 @@ def test_muon_multiplies_in_the_runs_dtype(dtype, after):
 def test_init_from(after, here):
     source = train(tiny(), show=False)
     began = []
-    after(1, lambda t: began.append(t.guard.loss.mean))
+    after(1, lambda t: began.append(t.state.guard.loss.mean))
     first = train(tiny(train__init_from="tiny", train__steps=2), show=False)
     assert first.losses[0] < source.losses[0] - 0.5
     interrupted(after, 1, train__init_from="tiny", train__run_dir="third", train__steps=3)
@@ -319,7 +319,7 @@ def test_scores_that_are_no_numbers_still_choose_experts_and_the_guard_speaks(ro
     """What cannot be ordered is sorted all the same: the step is refused, and nothing breaks on an index."""
     def spoil(t):
         with torch.no_grad():
-            t.model.blocks["1"].mlp.router.weight[2] = float(value)
+            t.state.model.blocks["1"].mlp.router.weight[2] = float(value)
 
     after(2, spoil)
     with pytest.raises(TrainingStopped, match=r"^2 steps in a row were refused, the last because the loss is nan; "):
@@ -330,8 +330,9 @@ def test_scores_that_are_no_numbers_still_choose_experts_and_the_guard_speaks(ro
 def test_weights_that_are_not_numbers_are_named(after):
     def spoil(t):
         with torch.no_grad():
-            t.model.embed.weight[3, 4] = float("nan")
-        t._save()
+            t.state.model.embed.weight[3, 4] = float("nan")
+        t.state.save()
+        t.state.saver.wait()
         raise KeyboardInterrupt
 
     after(4, spoil)
