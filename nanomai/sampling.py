@@ -127,12 +127,12 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
     for row, text in enumerate(texts):
         seen[row, text] = True
     cache = fresh = None
-    for _ in range(max_tokens):
+    for written in range(max_tokens):
         full = cache is not None and cache.length == context
         if cache is None or full or _outgrows(model, cache.length):
             # a prompt leaves room for a token; what outgrew its factors is read from where the cache began
             keep = context - 1 if cache is None else context // 2 if full else cache.length + 1
-            cache, fresh = _prefill(model, [text[-max(1, keep) :] for text in texts], context)
+            cache, fresh = _prefill(model, [text[-max(1, keep) :] for text in texts], max_tokens - written)
         with evaluating(model):
             logits = model(fresh, cache=cache, last_only=True)[:, -1, :vocab_size]
         if repetition_penalty != 1:
@@ -153,12 +153,12 @@ def _outgrows(model: Transformer, length: int) -> bool:
     return beyond(model.config, length + 1) and not beyond(model.config, length)
 
 
-def _prefill(model: Transformer, texts: list[list[int]], context: int) -> tuple[KVCache, Tensor]:
-    """An empty cache, and the (B, T) ids to fill it with, padded on the left."""
+def _prefill(model: Transformer, texts: list[list[int]], to_come: int) -> tuple[KVCache, Tensor]:
+    """An empty cache with room for what will be written, and the (B, T) ids to fill it with, padded on the left."""
     longest, device = max(map(len, texts)), model.embed.weight.device
     padding = torch.tensor([longest - len(text) for text in texts], device=device)
     ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts], device=device)
-    return KVCache(model, len(texts), context, padding), ids
+    return KVCache(model, len(texts), min(model.config.context_length, longest + to_come), padding), ids
 
 
 def _check(prompts: Sequence[Sequence[int]], model: Transformer) -> None:

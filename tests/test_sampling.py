@@ -99,6 +99,16 @@ def test_beyond_the_context(family):
     assert generate(model, prompt, 3 * CONTEXT) == greedy(model, prompt, 3 * CONTEXT)
 
 
+def test_a_cache_is_as_large_as_the_text():
+    """Not as the context, which may be 131,072 positions in every layer."""
+    model, made = build(context_length=2**62), []
+    cache = sampling.KVCache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "KVCache", lambda *a: made.append(cache(*a)) or made[-1])
+        assert generate(model, [1, 2, 3], 5) == generate(build(), [1, 2, 3], 5)
+    assert [c.layers[0].keys.shape[2] for c in made[:1]] == [8]
+
+
 def test_a_prompt_longer_than_the_context_keeps_its_end():
     model, long = build(), ids(3 * CONTEXT).tolist()
     assert generate(model, long, 1) == generate(model, long[-(CONTEXT - 1) :], 1)
