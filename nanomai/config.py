@@ -167,16 +167,21 @@ class ParallelConfig:
     expert: int = 1
     """Of the fsdp ranks, those among which the experts are shared out whole."""
     pipeline: int = 1
-    """Stages of blocks."""
+    """Ranks that each have some of the layers, through which micro-batches go one after another."""
+    stages_per_rank: int = 1
+    """Of the pipeline: with more, each of fewer layers, ranks wait less and send more."""
     keep_gathered: bool = False
     """Keep a block's gathered parameters between forward and backward: less to send, more memory (ZeRO 2)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward computes again: none, the cheap ones, or all inside a block."""
 
     def __post_init__(self):
-        for name in ("replicas", "fsdp", "tensor", "context", "expert", "pipeline"):
+        for name in ("replicas", "fsdp", "tensor", "context", "expert", "pipeline", "stages_per_rank"):
             if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ConfigError(f"{name} {value} must be at least 1", f"parallel.{name}")
+        if self.stages_per_rank > 1 and self.pipeline == 1:
+            raise ConfigError(f"stages_per_rank {self.stages_per_rank} needs a pipeline of more than one rank",
+                              "parallel.stages_per_rank")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, batches: Iterable[Batch],
     Bits per byte divides the bits by the UTF-8 bytes of the predicted tokens; the special tokens between documents
     cost bits and bring no bytes. The model sees each window alone, up to T tokens of context.
     """
-    device = model.embed.weight.device
+    device = next(model.parameters()).device
     sizes = torch.as_tensor(tokenizer.token_bytes, dtype=torch.float64)
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for batch in batches:

@@ -136,11 +136,13 @@ def _outlasts_compilation(config: Config, device: torch.device) -> bool:
 def _micro_batch(config: Config, world_size: int) -> int:
     """Sequences in one forward pass: each rank's share of the smallest batch, in as few equal parts as stay in bounds.
 
-    Where no equal parts do, the last one of a step is shorter.
+    Where no equal parts do, the last one of a step is shorter, but not in a pipeline.
     """
     t, settings = config.sequence_length, config.train.batch_tokens
     share = max(1, min(settings.values() if isinstance(settings, dict) else [settings]) // t // world_size)
     parts = math.ceil(share / max(1, MICRO_BATCH_TOKENS // t))
+    while config.parallel.pipeline > 1 and share % parts:
+        parts += 1  # stages exchange equal ones
     return math.ceil(share / parts)
 
 

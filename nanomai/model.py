@@ -128,13 +128,14 @@ class Transformer(Part):
                 part.kernels = chosen
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None,
-                reduction: str = "mean", cache=None, last_only: bool = False) -> Tensor:
+                reduction: str = "mean", cache=None, last_only: bool = False, hidden: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of `ids` (B, T); or, given `targets` (B, T), the cross-entropy in nats.
 
         `targets` holds -100 where there is no loss; `reduction` is "mean" over the others, or "sum".
         `document_ids` (B, T) keeps each document from seeing the others in its row.
         `cache` (see `sampling.py`) holds the keys and values of earlier positions; `ids` go on from there.
         `last_only` gives the logits of the last position alone, (B, 1, V): what sampling after a long prompt needs.
+        A part of a model goes on from `hidden` (B, T, D) where it has no embedding, and without a norm ends with such.
         """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction {reduction!r} must be 'mean' or 'sum'")
@@ -142,12 +143,14 @@ class Transformer(Part):
             raise ValueError(f"document_ids {tuple(document_ids.shape)} must have the shape of ids, {tuple(ids.shape)}")
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids cannot be given with a cache: each of its rows is one document")
-        x, rotary, dense_mask, sparse_mask = self._enter(ids, document_ids, cache)
+        x, rotary, dense_mask, sparse_mask = self._enter(ids, document_ids, cache, hidden)
         count = None if targets is None else (targets != ops.IGNORE).sum()
         aux_scale = self._aux_scale(count, reduction)
         for i, block in zip(map(int, self.blocks), self.blocks.values(), strict=True):
             mask = sparse_mask if self.config.is_sparse(i) else dense_mask
             x = block(x, rotary, mask, None if cache is None else cache.layers[i], aux_scale)
+        if self.norm is None:
+            return x
         x = self.norm(x[:, -1:] if last_only else x)
         if self.config.logit_scale != 1:
             x = x * self.config.logit_scale
@@ -164,13 +167,13 @@ class Transformer(Part):
             return None
         return count.float() if reduction == "sum" else torch.ones((), device=count.device)
 
-    def _enter(self, ids: Tensor, document_ids: Tensor | None, cache):
+    def _enter(self, ids: Tensor, document_ids: Tensor | None, cache, hidden: Tensor | None):
         """Embeddings (B, T, D), the rotation of every position, and the masks of dense and of sparse layers."""
         config, (_, t) = self.config, ids.shape
         keys = torch.arange(t, device=ids.device) if cache is None else cache.key_positions(t)
         positions = keys[..., -t:]  # (T,), or (B, T) where rows of a cache began at different places
-        x = self.embed(ids).to(self.compute_dtype)  # (B, T, D)
-        if config.embedding_scale != 1:
+        x = hidden if self.embed is None else self.embed(ids).to(self.compute_dtype)  # (B, T, D)
+        if config.embedding_scale != 1 and self.embed is not None:
             x = x * config.embedding_scale
         if self.positions is not None:
             if (length := keys.shape[-1]) > config.context_length:

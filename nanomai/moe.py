@@ -231,9 +231,13 @@ def sum_loads(model: nn.Module, sum_over_ranks=lambda x: x) -> Tensor | None:
 
     That is its busiest expert's count over the mean: 1 is even, E / k is as bad as can be. None without experts.
     """
-    loads = [layer.load for layer in model.modules() if isinstance(layer, MoE)]
-    if not loads:
+    found = {name: block.mlp.load for name, block in model.blocks.items() if isinstance(block.mlp, MoE)}
+    config = model.config
+    layers = [i for i in range(config.n_layers) if config.has_experts(i)]
+    if not layers:
         return None
+    elsewhere = torch.zeros(config.moe.n_experts, device=next(model.parameters()).device)  # of layers another rank has
+    loads = [found.get(str(i), elsewhere) for i in layers]
     together = sum_over_ranks(torch.stack(loads))  # (layers, E): one message
     torch._foreach_copy_(loads, together.unbind())
     return (together.amax(-1) / together.mean(-1)).max()

@@ -44,18 +44,22 @@ class KVCache:
     """
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int, padding: Tensor | None = None):
-        like = torch.empty(0, dtype=model.compute_dtype, device=model.embed.weight.device)
-        self.layers = [LayerCache(batch_size, capacity, block.attention.cache_widths(), like)
-                       for block in model.blocks.values()]
+        like = torch.empty(0, dtype=model.compute_dtype, device=next(model.parameters()).device)
+        # None for those that another rank has
+        self.layers = [LayerCache(batch_size, capacity, model.blocks[name].attention.cache_widths(), like)
+                       if name in model.blocks else None for name in map(str, range(model.config.n_layers))]
         self.padding = padding if padding is not None and bool(padding.any()) else None
 
     @property
     def length(self) -> int:
-        return self.layers[0].length
+        return self._first().length
+
+    def _first(self) -> LayerCache:
+        return next(filter(None, self.layers))
 
     def key_positions(self, t: int) -> Tensor:
         """Positions of the past and of `t` new tokens: (S,), or (B, S) and negative at pads."""
-        positions = torch.arange(self.length + t, device=self.layers[0].keys.device)
+        positions = torch.arange(self.length + t, device=self._first().keys.device)
         return positions if self.padding is None else positions - self.padding[:, None]
 
     def mask(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
@@ -120,7 +124,7 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
             and repetition_penalty > 0):
         raise SamplingError("max_tokens, temperature and top_k must not be negative, top_p must lie above 0, up to 1, "
                             "min_p from 0 to 1, and repetition_penalty above 0")
-    context, device = model.config.context_length, model.embed.weight.device
+    context, device = model.config.context_length, next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     texts, done = [list(p) for p in prompts], [False] * len(prompts)
     seen = torch.zeros(len(texts), model.config.vocab_size, dtype=torch.bool, device=device)
@@ -155,7 +159,7 @@ def _outgrows(model: Transformer, length: int) -> bool:
 
 def _prefill(model: Transformer, texts: list[list[int]], to_come: int) -> tuple[KVCache, Tensor]:
     """An empty cache with room for what will be written, and the (B, T) ids to fill it with, padded on the left."""
-    longest, device = max(map(len, texts)), model.embed.weight.device
+    longest, device = max(map(len, texts)), next(model.parameters()).device
     padding = torch.tensor([longest - len(text) for text in texts], device=device)
     ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts], device=device)
     return KVCache(model, len(texts), min(model.config.context_length, longest + to_come), padding), ids

@@ -24,7 +24,7 @@ from nanomai.evaluation import Evaluation, compressed_bits_per_byte, evaluate, v
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import learning_rate, piecewise, set_learning_rate
-from nanomai.parallel import fsdp
+from nanomai.parallel import fsdp, pipeline
 from nanomai.parallel.apply import clip_gradients
 from nanomai.parallel.launch import StopSignal, process_group
 from nanomai.parallel.layout import lay_out
@@ -101,6 +101,8 @@ class Trainer:
                               report)
         self.loader.require(self.state.samples + sum(self._batch_samples()))
         list(rank_spans(0, set(self._batch_samples()), 0, self.layout.data_size))  # DataError if they can't share one
+        for samples in set(self._batch_samples()):
+            pipeline.check_batch(config, samples // self.layout.data_size)
         mesh.from_main(self._accept)
         self.metrics = runs.Metrics(self.folder / "metrics.jsonl", self.state.steps_done) if mesh.is_main else None
         self.val: Evaluation | None = None
@@ -152,7 +154,8 @@ class Trainer:
         loss = self._backward(batch)
         imbalance = sum_loads(state.model, self.mesh.sum)  # asked for before the host waits, read after
         loss = (self.layout.sum(loss) / n_valid).item()
-        grad_norm = clip_gradients(state.model, self.config.optim.grad_clip, n_valid).item()
+        grad_norm = clip_gradients(state.model, self.config.optim.grad_clip, n_valid,
+                                   self.layout.axis("pipeline")).item()
         lr = learning_rate(self.config.optim, state.steps_done, self.config.train.steps)
         reason = state.guard.verdict(loss, grad_norm)
         if reason is None:
@@ -173,6 +176,8 @@ class Trainer:
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Adds up the gradients of this rank's part of the batch, in micro-batches; returns the sum of the losses."""
         train, model = self.config.train, self.state.model
+        if hasattr(model, "pipeline"):
+            return model.pipeline.forward_backward(*(x.to(self.device) for x in batch), train.micro_batch)
         loss = torch.zeros((), device=self.device)
         first = self.state.samples + self.layout.data_rank * len(batch.ids)  # this rank's first sample
         micro_batches = list(zip(*(x.split(train.micro_batch) for x in batch), strict=True))

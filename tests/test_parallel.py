@@ -56,13 +56,15 @@ def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimiz
         ids, targets, documents = (x.chunk(layout.data_size)[layout.data_rank] for x in batch(step))
         count, loss = layout.sum((targets != IGNORE).sum().double()).item(), torch.zeros(())
         parts = list(zip(*(x.chunk(micro_batches) for x in (ids, targets, documents)), strict=True))
+        if hasattr(model, "pipeline"):
+            loss, parts = model.pipeline.forward_backward(ids, targets, documents, len(ids) // micro_batches), []
         for i, part in enumerate(parts, 1):
             fsdp.sum_after(model, last=i == len(parts))
             micro_loss = model(*part, reduction="sum")
             micro_loss.backward()
             loss += micro_loss.detach()
         found["losses"].append(layout.sum(loss).item() / count)
-        found["norms"].append(clip_gradients(model, MAX_NORM, count).item())
+        found["norms"].append(clip_gradients(model, MAX_NORM, count, layout.axis("pipeline")).item())
         if step == 0:
             found["gradients"] = {name: whole_of(p.grad) for name, p in model.named_parameters()}
         for each in optimizers:
@@ -107,6 +109,42 @@ def test_sharded_training_is_training(world_size, tmp_path):
                 for rank in range(world_size):
                     found = torch.load(tmp_path / f"{world_size}-{case}-{model}-{optimizer}-{rank}.pt")
                     assert_same(found, expected, f"{case}, {model}, {optimizer}")
+
+
+PIPELINES = {
+    2: {"1f1b": {}, "1f1b, full recompute": {"recompute": "full"}, "interleaved": {"stages_per_rank": 2}},
+    4: {"1f1b x fsdp": {}, "interleaved x fsdp, full recompute": {"stages_per_rank": 2, "recompute": "full"},
+        "1f1b x tensor": {"tensor": 2}, "1f1b x context": {"context": 2}},
+}
+# Six layers are 1, 2, 2 and 1 of four stages; the first of them has no experts.
+DEEP = {name: dataclasses.replace(MODELS[name], n_layers=6) for name in ("dense", "experts")}
+
+
+def on_each_stage(rank, world_size, folder):
+    with process_group() as mesh:
+        for case, settings in PIPELINES[world_size].items():
+            for model, config in DEEP.items():
+                for optimizer, micro_batches in (("adamw", 4), ("muon", 2)):
+                    parallel = ParallelConfig(pipeline=2, **settings)
+                    found = train_few(mesh, config, parallel, optimizer, micro_batches)
+                    torch.save(found, folder / f"{case}-{model}-{optimizer}-{rank}.pt")
+
+
+@pytest.mark.parametrize("world_size", PIPELINES)
+def test_a_pipeline_is_training(world_size, tmp_path):
+    launch(on_each_stage, world_size, world_size, tmp_path, timeout_s=500)
+    for model, config in DEEP.items():
+        for optimizer in ("adamw", "muon"):
+            expected = train_few(Mesh(), config, ParallelConfig(), optimizer)
+            for case in PIPELINES[world_size]:
+                ranks = [torch.load(tmp_path / f"{case}-{model}-{optimizer}-{rank}.pt") for rank in range(world_size)]
+                first, last = ranks[0], ranks[-1]
+                for kind in ("initial", "gradients", "parameters", "optimizer"):
+                    assert not first[kind].keys() & last[kind].keys()  # each rank has its own
+                    first[kind] |= last[kind]
+                assert_same(first, expected, f"{case}, {model}, {optimizer}")
+                for found in ranks:
+                    assert found["losses"] == first["losses"] and found["norms"] == first["norms"]
 
 
 def assert_same(found: dict, expected: dict, where: str) -> None:

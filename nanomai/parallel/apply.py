@@ -1,5 +1,5 @@
-"""The order in which parallelism is laid over a model, outside the model: context, tensor, expert,
-recompute, compile, FSDP.
+"""The order in which parallelism is laid over a model, outside the model: pipeline, and over each stage context,
+tensor, expert, recompute, compile, FSDP.
 
 The model arrives on the meta device, as shapes; its values come last, so that no rank ever holds a whole one.
 """
@@ -11,12 +11,14 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanomai.config import ParallelConfig
 from nanomai.parallel import context, expert, fsdp, tensor
 from nanomai.parallel.layout import Layout
+from nanomai.parallel.pipeline import Pipeline, stages_of
 from nanomai.parallel.recompute import recompute
 
 
@@ -24,6 +26,14 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
                 compile_blocks: bool = False) -> nn.Module:
     """Lays the transforms over `model` in place. A compiled block holds what is computed again, and no collective."""
     layout, parallel = layout or Layout(), parallel or ParallelConfig()
+    if layout.axis("pipeline") is not None:
+        Pipeline(model, layout, parallel.stages_per_rank)
+    for stage in stages_of(model):
+        _transform(stage, layout, parallel, compile_blocks)
+    return model
+
+
+def _transform(model: nn.Module, layout: Layout, parallel: ParallelConfig, compile_blocks: bool) -> None:
     if (ranks := layout.axis("context")) is not None:
         context.share_sequences(model, ranks)
     if (ranks := layout.axis("tensor")) is not None:
@@ -35,13 +45,14 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are
             module.compile(fullgraph=True, dynamic=False)
     if layout.grid is not None:
-        fsdp.shard(model, layout, model.compute_dtype, parallel.keep_gathered)
-    return model
+        # between the micro-batches of a pipeline nothing is summed, and so nothing need be gathered again
+        fsdp.shard(model, layout, model.compute_dtype, parallel.keep_gathered or parallel.pipeline > 1)
 
 
 def allocate(model: nn.Module, device: torch.device) -> nn.Module:
     """Gives a model that was made on the meta device its memory; parameters are garbage, buffers zero."""
-    model.to_empty(device=device)
+    for stage in stages_of(model):
+        stage.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
     return model
@@ -55,13 +66,15 @@ def share(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return parameter.to_local(), begin
 
 
-def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0, stages: DeviceMesh | None = None) -> Tensor:
     """Divides the summed gradients by the count of tokens, then scales them to a global norm of at most `max_norm`.
 
     Returns the norm before clipping, of the divided gradients. max_norm 0 clips nothing. One pass over the memory.
+    `stages` are the ranks that have the other parts of the model.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.stack([_norm(parts, groups) for groups, parts in _by_sharing(gradients).items()]).norm() / divide_by
+    norm = torch.stack([_norm(parts, groups) for groups, parts in _by_sharing(gradients).items()])
+    norm = _norm([norm], () if stages is None else (stages.get_group(),)) / divide_by
     scale = 1.0 / divide_by
     if max_norm > 0:
         scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)

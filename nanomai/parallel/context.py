@@ -32,7 +32,7 @@ def share_sequences(model: nn.Module, ranks: DeviceMesh) -> None:
         return (ids[:, own], targets[:, own]), options | {"cache": sequence}
 
     def end(model, inputs, options, loss):
-        return total(loss, group) if isinstance(options.get("cache"), SharedSequence) else loss
+        return total(loss, group) if isinstance(options.get("cache"), SharedSequence) and not loss.ndim else loss
 
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(end, with_kwargs=True)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from nanomai.parallel.layout import Layout
+from nanomai.parallel.pipeline import stages_of
 
 
 def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: bool = False) -> None:
@@ -35,7 +36,7 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: b
 
 def units(model: nn.Module) -> list[FSDPModule]:
     """The modules that are gathered and scattered as one."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for stage in stages_of(model) for module in stage.modules() if isinstance(module, FSDPModule)]
 
 
 def sum_after(model: nn.Module, last: bool) -> None:

@@ -56,7 +56,7 @@ class Layout:
 
     def sum(self, x: Tensor) -> Tensor:
         """`x`, which counts something of this rank's part of the batch, over the whole batch. In place."""
-        same = self.sizes["tensor"] * self.sizes["context"]  # ranks that read the same part
+        same = self.sizes["tensor"] * self.sizes["context"] * self.sizes["pipeline"]  # ranks that read the same part
         return self.mesh.sum(x).div_(same)
 
     def sharding(self, of_experts: bool = False) -> DeviceMesh | None:

@@ -84,16 +84,18 @@ class _Sequence:
 
     def surround(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        model.embed.forward = functools.partial(self.embed, model.embed)
+        if model.embed is not None:
+            model.embed.forward = functools.partial(self.embed, model.embed)
         if model.positions is not None:
             model.positions.register_forward_hook(lambda module, inputs, y: self.own(y))
         for block in model.blocks.values():
             for layer in (block.attention, block.mlp):
                 layer.register_forward_pre_hook(self.enter)
                 layer.register_forward_hook(self.leave)
-        model.norm.register_forward_hook(lambda module, inputs, x: self.all_of(x))
-        model.loss.forward = functools.partial(vocabulary_parallel_loss, group=self.group)
-        model.register_forward_hook(self.end, with_kwargs=True)
+        if model.norm is not None:
+            model.norm.register_forward_hook(lambda module, inputs, x: self.all_of(x))
+            model.loss.forward = functools.partial(vocabulary_parallel_loss, group=self.group)
+            model.register_forward_hook(self.end, with_kwargs=True)
 
     def begin(self, model, inputs, options) -> None:
         """Sampling goes on by one position: there is nothing to split, and of a prompt it wants the last one."""
