@@ -113,7 +113,7 @@ BUGS = {
         Bug("the repetition penalty raises negative logits", "sampling.py",
             "logits / penalty, logits * penalty)", "logits / penalty, logits / penalty)", soak=True),
         Bug("KV cache: positions off by one", "sampling.py",
-            "positions = torch.arange(self.length + t, device=self.layers[0].keys.device)",
+            "positions = torch.arange(self.length + t, device=self._first().keys.device)",
             "positions = torch.arange(self.length + t) + (self.length > 0)"),
         Bug("KV cache: pads are read as text", "sampling.py", " & (keys >= 0)[:, None, None, :]", "", soak=True),
         Bug("KV cache: bytes of keys only", "architecture.py",

@@ -117,7 +117,8 @@ def test_different_token_counts_and_refusals_on_two_ranks(here):
 
 
 WIDE = {"model__n_heads": 4, "model__n_kv_heads": 2, "model__head_dim": 8, "model__vocab_size": 260,
-        "optim__name": "muon", "train__batch_tokens": 256, "train__sample_prompt": "the"}
+        "model__tied_embeddings": False, "optim__name": "muon", "train__batch_tokens": 256,
+        "train__sample_prompt": "the"}
 EXPERTS = {"model__moe__n_experts": 4, "model__moe__d_expert": 32, "model__moe__router": "sigmoid",
            "model__moe__bias_speed": 0.01}
 
@@ -130,13 +131,15 @@ def _train_laid_out(rank, layouts):
 def test_a_run_is_the_same_however_it_is_laid_out(here):
     """The trainer's whole way: counts, accumulation, evaluation, a sample, a checkpoint that one process reads."""
     two = {"tensor": {"parallel__tensor": 2}, "context": {"parallel__context": 2, "train__micro_batch": 3},
-           "experts": {"parallel__expert": 2, "parallel__recompute": "full", **EXPERTS}}
+           "experts": {"parallel__expert": 2, "parallel__recompute": "full", **EXPERTS},
+           "pipeline": {"parallel__pipeline": 2, "train__micro_batch": 2},
+           "pipeline-experts": {"parallel__pipeline": 2, **EXPERTS}}
     four = {"hsdp": {"parallel__replicas": 2}, "fsdp-tensor": {"parallel__tensor": 2}}
     launch(_train_laid_out, 2, two, timeout_s=300)
     launch(_train_laid_out, 4, four, timeout_s=300)
     _train_laid_out(0, {"one": {}, "one-of-experts": EXPERTS})
     for name in (*two, *four):
-        one = "one-of-experts" if name == "experts" else "one"
+        one = "one-of-experts" if "experts" in name else "one"
         same(curve(name), curve(one))
         assert rows(name)[-1]["val_loss"] == pytest.approx(rows(one)[-1]["val_loss"], rel=1e-5)
         assert (here / name / "sample.txt").read_text() == (here / one / "sample.txt").read_text()
@@ -152,7 +155,7 @@ def _train_on(rank, steps, settings):
 
 def test_a_run_moves_between_layouts(here):
     """Saved on four ranks, resumed on two, one and four again, with optimizer state, in other layouts."""
-    for world_size, steps, settings in ((4, 3, {"parallel__tensor": 2}), (2, 6, {}), (1, 9, {}),
+    for world_size, steps, settings in ((4, 3, {"parallel__tensor": 2}), (2, 6, {"parallel__pipeline": 2}), (1, 9, {}),
                                         (4, 12, {"parallel__replicas": 2})):
         if world_size == 1:
             _train_on(0, steps, settings)

@@ -66,7 +66,8 @@ def share(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return parameter.to_local(), begin
 
 
-def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0, stages: DeviceMesh | None = None) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0,
+                   stages: DeviceMesh | None = None) -> Tensor:
     """Divides the summed gradients by the count of tokens, then scales them to a global norm of at most `max_norm`.
 
     Returns the norm before clipping, of the divided gradients. max_norm 0 clips nothing. One pass over the memory.

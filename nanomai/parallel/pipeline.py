@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from nanomai.config import Config, ConfigError, ModelConfig
 from nanomai.parallel.layout import Layout
@@ -120,15 +119,20 @@ class Pipeline:
         dist.all_reduce(loss, group=self.group)  # only the last stage has one
         return loss
 
-    def _schedule(self, n: int, micro_batch: int, batch: Tensor) -> Schedule1F1B | ScheduleInterleaved1F1B:
-        """Made anew when batches change their shape, with room for `n` micro-batches that are on their way."""
+    def _schedule(self, n: int, micro_batch: int, batch: Tensor):
+        """Made anew when batches change their shape, with room for the `n` micro-batches that come from other stages.
+
+        Stages are told what they will receive; the library would otherwise find out by running them on nothing.
+        """
         if self.shape == (n, batch.shape):
             return self.schedule
+        # costs half a second, which no other run need wait for
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
         like = batch[:micro_batch].to("meta")
         hidden, loss = (like.new_empty(shape, dtype=dtype, requires_grad=True)
                         for shape, dtype in (self._result(s, like, like, False) for s in (0, self.n_stages - 1)))
-        stages = [PipelineStage(stage, s, self.n_stages, batch.device, input_args=hidden if s else like, group=self.group,
-                                output_args=hidden if s < self.n_stages - 1 else loss)
+        stages = [PipelineStage(stage, s, self.n_stages, batch.device, input_args=hidden if s else like,
+                                output_args=hidden if s < self.n_stages - 1 else loss, group=self.group)
                   for s, stage in zip(self.here, self.stages, strict=True)]
         options = {"loss_fn": lambda loss, target: loss, "scale_grads": False}
         self.shape, self.schedule = (n, batch.shape), (
