@@ -167,7 +167,7 @@ class Transformer(Part):
             return None
         return count.float() if reduction == "sum" else torch.ones((), device=count.device)
 
-    def _enter(self, ids: Tensor, document_ids: Tensor | None, cache, hidden: Tensor | None):
+    def _enter(self, ids: Tensor, document_ids: Tensor | None, cache, hidden: Tensor | None = None):
         """Embeddings (B, T, D), the rotation of every position, and the masks of dense and of sparse layers."""
         config, (_, t) = self.config, ids.shape
         keys = torch.arange(t, device=ids.device) if cache is None else cache.key_positions(t)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanomai.architecture import MLAConfig, MoEConfig, SparseAttention
-from nanomai.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from nanomai.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanomai.config_file import load_config
 from nanomai.model import Transformer, build_model
 
@@ -106,6 +106,8 @@ OTHER_ERRORS = [
     (lambda: OptimConfig(beta2=1.0), "beta2 1.0 must be at least 0 and below 1", "optim.beta2"),
     (lambda: OptimConfig(min_lr_ratio=1.5), "min_lr_ratio 1.5 must lie between 0 and 1", "optim.min_lr_ratio"),
     (lambda: OptimConfig(warmup_steps=-1), "warmup_steps -1 must not be negative", "optim.warmup_steps"),
+    (lambda: ParallelConfig(stages_per_rank=2), "stages_per_rank 2 needs a pipeline of more than one rank",
+     "parallel.stages_per_rank"),
     (lambda: TrainConfig(steps=0), "steps 0 must be above 0 and finite", "train.steps"),
     (lambda: TrainConfig(eval_every=-1), "eval_every -1 must not be negative", "train.eval_every"),
     (lambda: TrainConfig(sequence_length=-64), "sequence_length -64 must be at least 1, or null",

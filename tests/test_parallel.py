@@ -2,22 +2,25 @@
 
 import dataclasses
 import time
+from collections import Counter
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanomai.architecture import MoEConfig
-from nanomai.config import ConfigError, ModelConfig, OptimConfig, ParallelConfig
+from nanomai.config import Config, ConfigError, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanomai.model import Transformer, build_model, init_weights
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import build_optimizers, named_state, set_learning_rate
-from nanomai.parallel import fsdp
+from nanomai.parallel import fsdp, pipeline
 from nanomai.parallel.apply import allocate, clip_gradients, parallelize, share
 from nanomai.parallel.launch import launch, process_group
 from nanomai.parallel.layout import factors, lay_out
 from nanomai.parallel.mesh import Mesh, RankFailed
+from nanomai.parallel.pipeline import share_layers
 
 MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24, vocab_size=130,
                     context_length=8, tied_embeddings=False)
@@ -128,6 +131,37 @@ def on_each_stage(rank, world_size, folder):
                     parallel = ParallelConfig(pipeline=2, **settings)
                     found = train_few(mesh, config, parallel, optimizer, micro_batches)
                     torch.save(found, folder / f"{case}-{model}-{optimizer}-{rank}.pt")
+        if world_size == 4:
+            count_messages(mesh)
+
+
+class Messages(TorchDispatchMode):
+    """Counts what is sent, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.counts[op.name()] += op.namespace == "c10d"
+        return op(*args, **(kwargs or {}))
+
+
+def count_messages(mesh: Mesh) -> None:
+    """A step of four micro-batches gathers each block, and what else a stage has, once, and sums its gradients once."""
+    parallel = ParallelConfig(pipeline=2)
+    layout = lay_out(parallel, mesh)
+    with torch.device("meta"):
+        model = Transformer(DEEP["dense"])
+    allocate(parallelize(model, layout, parallel), torch.device("cpu"))
+    init_weights(model, 7, share)
+    part = [x.chunk(2)[layout.data_rank] for x in batch(0)]
+    model.pipeline.forward_backward(*part, 1)
+    with Messages() as sent:
+        model.pipeline.forward_backward(*part, 1)
+    assert +sent.counts == {"c10d::_allgather_base_": 4, "c10d::_reduce_scatter_base_": 4, "c10d::send": 4,
+                            "c10d::recv_": 4, "c10d::allreduce_": 1}
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())  # scattered again
 
 
 @pytest.mark.parametrize("world_size", PIPELINES)
@@ -145,6 +179,50 @@ def test_a_pipeline_is_training(world_size, tmp_path):
                 assert_same(first, expected, f"{case}, {model}, {optimizer}")
                 for found in ranks:
                     assert found["losses"] == first["losses"] and found["norms"] == first["norms"]
+
+
+@pytest.mark.parametrize("n_layers, n_stages, counts", [
+    (6, 4, [1, 2, 2, 1]), (5, 4, [1, 2, 1, 1]), (7, 4, [2, 2, 2, 1]), (8, 4, [2, 2, 2, 2]), (4, 4, [1, 1, 1, 1]),
+    (3, 2, [2, 1]), (132, 10, [13] + [13 + 1] * 2 + [13] * 7)])
+def test_layers_are_shared_out_evenly_and_the_last_stage_has_no_more_than_others(n_layers, n_stages, counts):
+    shares = share_layers(n_layers, n_stages)
+    assert [i for share in shares for i in share] == list(range(n_layers))
+    assert [len(share) for share in shares] == counts
+
+
+DRAWING = MoEConfig(n_experts=4, experts_per_token=2, d_expert=24, router="sparsemixer", jitter=0.1)
+
+
+@pytest.mark.parametrize("changes, line", [
+    ({"n_layers": 3}, "parallel pipeline makes 4 stages of 3 layers; at most 3 can be"),
+    ({"tied_embeddings": True}, "parallel pipeline needs model.tied_embeddings false: the embedding is in the first "
+                                "stage, and the head in the last"),
+    ({"moe": DRAWING}, "parallel pipeline needs a router that draws nothing: sparsemixer's draws go on from one layer "
+                       "to the next")])
+def test_a_model_that_cannot_be_cut_is_refused(changes, line):
+    with pytest.raises(ConfigError) as error:
+        pipeline.check(dataclasses.replace(MODEL, **({"n_layers": 4} | changes)), 4)
+    assert str(error.value) == line and error.value.field == "parallel.pipeline"
+
+
+@pytest.mark.parametrize("rows, micro_batch, stages_per_rank, trouble", [
+    (8, 2, 1, None), (8, 4, 2, None), (10, 2, 1, None), (3, 1, 1, None),
+    (8, 8, 1, "8 cuts the 8 sequences of a step into no 2 or more equal micro-batches, as 2 ranks of a pipeline need; "
+              "the nearest that works is 4"),
+    (8, 3, 1, "3 cuts the 8 sequences of a step into no 2 or more equal micro-batches, as 2 ranks of a pipeline need; "
+              "the nearest that works is 2"),
+    (10, 2, 2, "2 cuts the 10 sequences of a step into no 2 times n equal micro-batches, as 2 ranks of a pipeline "
+               "need; the nearest that works is 1"),
+    (1, 1, 1, "1 cuts the 1 sequences of a step into no 2 or more equal micro-batches, as 2 ranks of a pipeline need; "
+              "give each step a multiple of 2")])
+def test_batches_that_a_pipeline_cannot_take_are_refused(rows, micro_batch, stages_per_rank, trouble):
+    config = Config(train=TrainConfig(micro_batch=micro_batch),
+                    parallel=ParallelConfig(pipeline=2, stages_per_rank=stages_per_rank))
+    if trouble is None:
+        return pipeline.check_batch(config, rows)
+    with pytest.raises(ConfigError) as error:
+        pipeline.check_batch(config, rows)
+    assert str(error.value) == f"micro_batch {trouble}" and error.value.field == "train.micro_batch"
 
 
 def assert_same(found: dict, expected: dict, where: str) -> None:

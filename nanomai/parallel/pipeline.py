@@ -43,20 +43,21 @@ def check(config: ModelConfig, n_stages: int) -> None:
 
 
 def check_batch(config: Config, rows: int) -> None:
-    """ConfigError unless the stages can exchange `rows` sequences in micro-batches."""
+    """ConfigError unless `rows` sequences make as many micro-batches as the pipeline needs to be full."""
     p, micro_batch = config.parallel.pipeline, config.train.micro_batch
-    if p == 1 or _fits(rows, micro_batch, p):
+    interleaved = config.parallel.stages_per_rank > 1
+
+    def fits(size: int) -> bool:
+        n = rows // size
+        return rows % size == 0 and n >= p and not (interleaved and n % p)
+
+    if p == 1 or fits(micro_batch):
         return
-    fitting = [size for size in range(1, rows + 1) if _fits(rows, size, p)]
-    mend = (f"the nearest that works is {min(fitting, key=lambda size: abs(size - micro_batch))}" if fitting
-            else "make train.batch_tokens larger")
-    raise ConfigError(f"micro_batch {micro_batch} does not cut {rows} sequences into {p} or more equal micro-batches, "
-                      f"one for each rank of the pipeline; {mend}", "train.micro_batch")
-
-
-def _fits(rows: int, micro_batch: int, p: int) -> bool:
-    n = rows // micro_batch
-    return rows % micro_batch == 0 and n >= p and n % (n // p) == 0  # the last is the interleaved schedule's wish
+    nearest = min(filter(fits, range(1, rows + 1)), key=lambda size: abs(size - micro_batch), default=None)
+    mend = f"the nearest that works is {nearest}" if nearest else f"give each step a multiple of {p}"
+    raise ConfigError(f"micro_batch {micro_batch} cuts the {rows} sequences of a step into no {p} "
+                      f"{'times n' if interleaved else 'or more'} equal micro-batches, as {p} ranks of a pipeline "
+                      f"need; {mend}", "train.micro_batch")
 
 
 def share_layers(n_layers: int, n_stages: int) -> list[range]:
