@@ -129,9 +129,10 @@ class ModelConfig:
         head = 0 if self.tied_embeddings else v * d + v * ("head" in self.biases)
         positions = self.context_length * d if self.position == "learned" else 0
         final_norm = self.norm_parameters(d)
-        return v * d + head + positions + final_norm + self._layer_parameters(active)
+        return v * d + head + positions + final_norm + self.layer_parameters(active)
 
-    def _layer_parameters(self, active: bool) -> int:
+    def layer_parameters(self, active: bool) -> int:
+        """Of all layers together: without embeddings, the last norm and the head."""
         norms = (1 if self.parallel_block else 2) * self.norm_parameters(self.d_model)
         mlps = sum(self.mlp_parameters(i, active) for i in range(self.n_layers))
         return mlps + self.n_layers * (self.attention_parameters + norms)
@@ -157,7 +158,7 @@ class ModelConfig:
         t = sequence_length or self.context_length
         window = min(t, self.sliding_window or t)
         seen = 2 * window - window * window // t  # twice the mean number of keys: t without a window
-        matmul = self._layer_parameters(active=True) + self.vocab_size * self.d_model
+        matmul = self.layer_parameters(active=True) + self.vocab_size * self.d_model
         widths = self.head_dim + (self.mla.v_dim if self.mla.kv_rank else self.head_dim)  # q k^T, and p v
         return 6 * matmul + 3 * self.n_layers * seen * self.n_heads * widths
 

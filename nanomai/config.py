@@ -184,6 +184,45 @@ class ParallelConfig:
                               "parallel.stages_per_rank")
 
 
+def factors(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
+    """Every factor with its number; fsdp `auto` is what the others leave of `world_size`."""
+    given = {name: getattr(parallel, name) for name in ("pipeline", "replicas", "context", "tensor")}
+    if parallel.fsdp != "auto":
+        given["fsdp"] = parallel.fsdp
+    product = math.prod(given.values())
+    fits = world_size % product == 0 if parallel.fsdp == "auto" else world_size == product
+    if not fits:
+        _refuse(given, world_size, parallel.fsdp == "auto")
+    found = {"fsdp": world_size // product} | given | {"expert": parallel.expert}
+    if found["fsdp"] % parallel.expert:
+        raise ConfigError(f"parallel expert {parallel.expert} divides no fsdp {found['fsdp']}, whose ranks hold the "
+                          f"experts; the nearest that works is {_nearest(parallel.expert, found['fsdp'])}",
+                          "parallel.expert")
+    return found
+
+
+def _refuse(given: dict[str, int], world_size: int, rest_is_free: bool) -> None:
+    """Names the largest factor that another number could mend, and the nearest such number."""
+    product = math.prod(given.values())
+    words = " x ".join(f"{name} {number}" for name, number in given.items() if number > 1)
+    trouble = f"parallel {words} {'divides no' if rest_is_free else 'is not'} {world_size} ranks"
+    for name in sorted(given, key=given.get, reverse=True):
+        others = product // given[name]
+        if world_size % others == 0:
+            room = world_size // others
+            nearest = _nearest(given[name], room) if rest_is_free else room
+            raise ConfigError(f"{trouble}; the nearest that works is {name} {nearest}", f"parallel.{name}")
+    raise ConfigError(f"{trouble}; start a multiple of {product} ranks", f"parallel.{max(given, key=given.get)}")
+
+
+def _nearest(number: int, whole: int) -> int:
+    """The divisor of `whole` that is nearest to `number`."""
+    return min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - number))
+
+
+MICRO_BATCH_TOKENS = 16_384  # of one forward pass, where the machine chooses
+
+
 @dataclass(frozen=True)
 class Config:
     """A run. `name` is the name of the file it came from."""
@@ -213,6 +252,25 @@ class Config:
     @property
     def sequence_length(self) -> int:
         return self.train.sequence_length or self.model.context_length
+
+    def micro_batch(self, ranks: int) -> int:
+        """Sequences in one forward pass: a rank's share of the smallest batch, in as few equal parts as stay in bounds.
+
+        Where no equal parts do, the last one of a step is shorter. `ranks` are those that read different data.
+        """
+        t = self.sequence_length
+        share = max(1, int(min(_values(self.train.batch_tokens))) // t // ranks)
+        parts = math.ceil(share / max(1, MICRO_BATCH_TOKENS // t))
+        return self.train.micro_batch or math.ceil(share / parts)
+
+    @property
+    def batches(self) -> list[tuple[int, int]]:
+        """(steps, tokens in each) of the parts of a run that have one size of batch."""
+        batch, steps = self.train.batch_tokens, self.train.steps
+        sizes = batch if isinstance(batch, dict) else {0: batch}
+        starts = [min(step, steps) for step in sizes] + [steps]
+        spans = zip(starts, starts[1:], sizes.values(), strict=False)
+        return [(end - start, tokens) for start, end, tokens in spans if end > start]
 
 
 def _values(setting: float | dict[int, float]) -> list[float]:

@@ -15,7 +15,6 @@ The rules, decided by measurement (benchmarks/LOG.md):
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import platform
 import shutil
@@ -29,7 +28,6 @@ from nanomai.config import Config, ConfigError
 from nanomai.optim import piecewise
 
 COMPILE_SECONDS = 60.0  # a run shorter than this, by its FLOPs, would spend more on compiling than it gains
-MICRO_BATCH_TOKENS = 16_384
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -70,7 +68,7 @@ def resolve(config: Config, device: torch.device, world_size: int = 1, before: C
     compile_blocks = train.compile
     if compile_blocks == "auto":
         compile_blocks = "on" if _can_compile(device) and _outlasts_compilation(config, device) else "off"
-    micro_batch = train.micro_batch or _micro_batch(config, world_size)
+    micro_batch = config.micro_batch(world_size)
     return replace_fields(config, train=replace_fields(train, dtype=dtype, threads=threads, compile=compile_blocks,
                                                        kernels=_kernels(config, device), micro_batch=micro_batch))
 
@@ -131,19 +129,6 @@ def _outlasts_compilation(config: Config, device: torch.device) -> bool:
     tokens = config.train.steps * piecewise(config.train.batch_tokens, 0)
     flops = tokens * config.model.flops_per_token(config.sequence_length)
     return device.type != "cpu" or flops / 2e11 > COMPILE_SECONDS  # 200 GFLOP/s: a laptop's training speed
-
-
-def _micro_batch(config: Config, world_size: int) -> int:
-    """Sequences in one forward pass: each rank's share of the smallest batch, in as few equal parts as stay in bounds.
-
-    Where no equal parts do, the last one of a step is shorter, but not in a pipeline.
-    """
-    t, settings = config.sequence_length, config.train.batch_tokens
-    share = max(1, min(settings.values() if isinstance(settings, dict) else [settings]) // t // world_size)
-    parts = math.ceil(share / max(1, MICRO_BATCH_TOKENS // t))
-    while config.parallel.pipeline > 1 and share % parts:
-        parts += 1  # stages exchange equal ones
-    return math.ceil(share / parts)
 
 
 def usable_cores() -> int:

@@ -12,13 +12,12 @@ Ranks are counted along the last axis first, so neighbours, who are in one machi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nanomai.config import ConfigError, ParallelConfig
+from nanomai.config import ParallelConfig, factors
 from nanomai.parallel.mesh import Mesh
 
 # `outer` is what of fsdp is not expert: the product of the two is fsdp.
@@ -84,39 +83,3 @@ def lay_out(parallel: ParallelConfig, mesh: Mesh, device_type: str = "cpu") -> L
                   world._unflatten(0, (*before, outer * inner, tensor), ("pipeline", "replicas", "shard", "tensor")),
                   world._unflatten(0, (*before, outer, inner, tensor),
                                    ("pipeline", "replicas", "shard", "expert", "tensor")))
-
-
-def factors(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Every factor with its number; fsdp `auto` is what the others leave of `world_size`."""
-    given = {name: getattr(parallel, name) for name in ("pipeline", "replicas", "context", "tensor")}
-    if parallel.fsdp != "auto":
-        given["fsdp"] = parallel.fsdp
-    product = math.prod(given.values())
-    fits = world_size % product == 0 if parallel.fsdp == "auto" else world_size == product
-    if not fits:
-        _refuse(given, world_size, parallel.fsdp == "auto")
-    found = {"fsdp": world_size // product} | given | {"expert": parallel.expert}
-    if found["fsdp"] % parallel.expert:
-        raise ConfigError(f"parallel expert {parallel.expert} divides no fsdp {found['fsdp']}, whose ranks hold the "
-                          f"experts; the nearest that works is {_nearest(parallel.expert, found['fsdp'])}",
-                          "parallel.expert")
-    return found
-
-
-def _refuse(given: dict[str, int], world_size: int, rest_is_free: bool) -> None:
-    """Names the largest factor that another number could mend, and the nearest such number."""
-    product = math.prod(given.values())
-    words = " x ".join(f"{name} {number}" for name, number in given.items() if number > 1)
-    trouble = f"parallel {words} {'divides no' if rest_is_free else 'is not'} {world_size} ranks"
-    for name in sorted(given, key=given.get, reverse=True):
-        others = product // given[name]
-        if world_size % others == 0:
-            room = world_size // others
-            nearest = _nearest(given[name], room) if rest_is_free else room
-            raise ConfigError(f"{trouble}; the nearest that works is {name} {nearest}", f"parallel.{name}")
-    raise ConfigError(f"{trouble}; start a multiple of {product} ranks", f"parallel.{max(given, key=given.get)}")
-
-
-def _nearest(number: int, whole: int) -> int:
-    """The divisor of `whole` that is nearest to `number`."""
-    return min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - number))
