@@ -1,4 +1,4 @@
-"""How well `nanomai plan` predicts speeds that others have published: fits its shares of the peaks, and says how far off.
+"""How far `nanomai plan` is from speeds that others have published; fits its shares of the peaks to some of them.
 
     python benchmarks/planner.py                # about two minutes of one core; writes results/planner.md, .json, .png
 
@@ -48,7 +48,7 @@ class Row(NamedTuple):
     count: int
     recompute: str
     speed: float
-    layout: dict = {}  # noqa: RUF012
+    layout: dict = {}
     flags: tuple = ()
 
 
@@ -218,8 +218,8 @@ def page(result: dict) -> str:
     errors = {"fitted": [r["error"] for r in fitted], "left out": [r["left_out"] for r in fitted],
               "held out": [r["error"] for r in held_out]}
     lines = ["# Predicted and published speed", "",
-             "`python benchmarks/planner.py` writes this page; its head says what each remark means. Speeds are tokens a "
-             "second and GPU.", "", "| runs | number | mean error | worst |", "|---|--:|--:|--:|"]
+             "`python benchmarks/planner.py` writes this page; its head says what each remark means. Speeds are tokens "
+             "a second and GPU.", "", "| runs | number | mean error | worst |", "|---|--:|--:|--:|"]
     for name, found in errors.items():
         lines.append(f"| {name} | {len(found)} | {mean(found):.1%} | {max(found, key=abs):+.1%} |")
     lines += ["", "*Fitted*: with the constants as they are in the code, which are these fits, rounded: "
@@ -233,13 +233,14 @@ def page(result: dict) -> str:
               "mosaicml/llm-foundry; for Llama 3 405B 430 and 400 TFLOP/s of arXiv 2407.21783, with its layout "
               "[recalled], and 8 pieces in each pipeline stage assumed.", ""]
     for title, rows in (("Fitted", fitted), ("Held out", held_out)):
-        lines += [f"## {title}", "", "| source | model | GPU | GPUs | length | micro-batch | recompute | layout, remarks "
-                  "| published | predicted | error | left out |", "|---|---|---|--:|--:|---|---|---|--:|--:|--:|--:|"]
+        lines += [f"## {title}", "", "| source | model | GPU | GPUs | length | micro-batch | recompute | layout, "
+                  "remarks | published | predicted | error | left out |",
+                  "|---|---|---|--:|--:|---|---|---|--:|--:|--:|--:|"]
         for r in rows:
             words = [f"{axis} {n}" for axis, n in r["layout"].items()] + list(r["flags"])
             out = f"{r['left_out']:+.1%}" if "left_out" in r else ""
-            lines.append(f"| {r['source']} | {r['model']} | {r['gpu']} | {r['gpus']:,} | {r['length']:,} | {r['micro']} "
-                         f"x {r['count']} | {r['recompute']} | {', '.join(words)} | {r['speed']:,.4g} | "
+            lines.append(f"| {r['source']} | {r['model']} | {r['gpu']} | {r['gpus']:,} | {r['length']:,} | "
+                         f"{r['micro']} x {r['count']} | {r['recompute']} | {', '.join(words)} | {r['speed']:,.4g} | "
                          f"{r['predicted']:,.4g} | {r['error']:+.1%} | {out} |")
         lines.append("")
     return "\n".join(lines)

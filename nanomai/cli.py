@@ -14,10 +14,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nanomai.config import Config, ConfigError
-from nanomai.options import Eval, Export, Import, Sample
+from nanomai.options import Eval, Export, Import, Plan, Sample
 
 USAGE = """\
 usage: nanomai COMMAND ...
@@ -30,6 +31,7 @@ commands:
   sample RUN [--prompt TEXT ...]              let a trained model write
   eval RUN [--text FILE]                      loss and bits per byte, on the validation split or on a text of yours
   prepare CONFIG [--SECTION.FIELD VALUE ...]  only make the tokenizer and the token shards
+  plan CONFIG [--gpus N] [--gpu h100]         memory, time and money of a run before it is started
   import DIR OUT                              make a run of a Hugging Face folder
   export RUN OUT                              make a Hugging Face folder of a run
 
@@ -213,6 +215,31 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    options, settings = _read_flags(Plan, arguments, "nanomai plan CONFIG", return_unknown_args=True)
+    from nanomai.config_file import CONFIG_FOLDER, load_config
+    from nanomai.planner import find_device, largest, pages, plan, search
+
+    device = find_device(options.gpu)
+    if options.price is not None:
+        device = replace(device, price=options.price)
+    if options.largest:
+        if settings:
+            raise ConfigError(f"--largest looks at all configurations: leave out {settings[0]!r}")
+        named, plain = largest(options.gpus, device, map(load_config, CONFIG_FOLDER.glob("*.yaml")))
+        found = {"largest": named and asdict(named), "plain": asdict(plain)}
+        text = pages.largest(named, plain)
+    elif options.search:
+        fitting, failed = search(_config("plan", settings), options.gpus, device)
+        found = {"fitting": [asdict(p) for p in fitting[:pages.BEST]], "failed": failed}
+        text = pages.search(fitting, failed)
+    else:
+        planned = plan(_config("plan", settings), options.gpus, device)
+        found, text = asdict(planned), pages.plan(planned)
+    print(json.dumps(found) if options.json else text)
+    return 0
+
+
 def _import(arguments: list[str]) -> int:
     options = _parse(Import, arguments, "import")
     from nanomai.hub import import_run
@@ -256,7 +283,7 @@ def _parse(kind: type, arguments: list[str], command: str):
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "sample": _sample, "eval": _eval, "prepare": _prepare, "import": _import,
+    "train": _train, "sample": _sample, "eval": _eval, "prepare": _prepare, "plan": _plan, "import": _import,
     "export": _export}
 
 if __name__ == "__main__":

@@ -80,3 +80,30 @@ class Export:
     """Of the numbers in the files; a run holds float32."""
     architecture: str | None = None
     """A class of transformers, such as MistralForCausalLM; None takes the first that is this model."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes before it is started: memory, traffic, time, money, and every assumption. CONFIG comes first.
+
+    Settings of the configuration are flags here too, such as --parallel.tensor 8.
+    """
+
+    gpus: int = 1
+    """How many."""
+    gpu: str = "h100"
+    """a100-40, a100, h100, h200, b200, mi300x, maia100, rtx4090, or cpu: this machine, measured now."""
+    price: float | None = None
+    """US dollars an hour for one; None takes the table's, which is an assumption."""
+    search: bool = False
+    """Try layouts, show the best few that fit, and say why the others do not."""
+    largest: bool = False
+    """Without CONFIG: the largest model that these GPUs can train, of scale_configs/ and of a plain shape."""
+    json: bool = False
+    """Print one JSON object, in bytes, seconds and FLOPs, in place of the page."""
+
+    def __post_init__(self):
+        if self.gpus < 1:
+            raise ConfigError(f"gpus {self.gpus} must be at least 1")
+        if self.price is not None and self.price < 0:
+            raise ConfigError(f"price {self.price} must not be negative")

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "parallel.expert": "config grouped moe",
     "parallel.tensor": "config ops",
     "checkpoint": "config files parallel",  # saving is collective: it needs to know who the main rank is
-    "planner": "config",
+    "planner": "config machine",  # to measure this one, where a plan is for it
     "machine": "config kernels optim",  # the batch of a step, which may be piecewise, sets the micro-batch
     "guard": "",
     "show": "",
@@ -77,6 +77,8 @@ MAY_NEED = {
     "config": "",
     "config_file": "yaml",
     "options": "",
+    "planner": "",
+    "planner.devices": "torch",
     "kernels": "",
     "triton_kernels": "torch triton",
     "triton_kernels.interpreter": "torch triton numpy",  # the interpreter computes in numpy
@@ -92,8 +94,8 @@ MAY_NEED = {
 MAY_READ_ENVIRONMENT = ["cli", "machine", "parallel.launch"]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 
-# 4,000 lines for what trains, 700 for the ways in and out of Hugging Face, and 1,200 for many ranks and their planning
-MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 40, 300, 5_900
+# 4,000 lines for what trains, 700 for the ways in and out of Hugging Face, and 1,800 for many ranks and their planning
+MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 40, 300, 6_500
 MAX_FILE_OF = {"model": 400}
 
 
@@ -273,7 +275,7 @@ FAULTS = [
     (too_long, {"../triton_kernels/a.py": "x = 1\n" * 301}, "triton_kernels/a.py: 301 lines; 300 are allowed"),
     (too_long, {"model.py": "x = 1\n" * 401}, "nanomai/model.py: 401 lines; 400 are allowed"),
     (too_long, {"ops.py": LONG_FUNCTION}, "nanomai/ops.py:1: _f has 41 lines; 40 are allowed"),
-    (too_long, {f"post/{i}.py": "x = 1\n" * 236 for i in range(25)}, "nanomai has 5900 lines of code"),
+    (too_long, {f"post/{i}.py": "x = 1\n" * 250 for i in range(26)}, "nanomai has 6500 lines of code"),
     (undocumented, {"ops.py": "def f():\n    pass"}, "nanomai/ops.py:1: f has no docstring"),
     (undocumented, {"../triton_kernels/a.py": "def f():\n    pass"}, "triton_kernels/a.py:1: f has no docstring"),
     (undocumented, {"ops.py": "class C:\n    x = 1"}, "nanomai/ops.py:1: C has no docstring"),

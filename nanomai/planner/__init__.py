@@ -5,7 +5,9 @@ counted. `devices.py` holds what accelerators can do, `counts.py` what our code 
 shares that are fitted on published runs (benchmarks/results/planner.md).
 """
 
+from nanomai.planner import pages
 from nanomai.planner.devices import DEVICES, Device, find_device
 from nanomai.planner.plan import Assumptions, Plan, plan
+from nanomai.planner.search import largest, search
 
-__all__ = ["DEVICES", "Assumptions", "Device", "Plan", "find_device", "plan"]
+__all__ = ["DEVICES", "Assumptions", "Device", "Plan", "find_device", "largest", "pages", "plan", "search"]

@@ -52,11 +52,20 @@ def block_part(model: ModelConfig, experts: bool, tensor: int = 1, expert: int =
     return Part(whole + norms + cut / tensor, routed / tensor / expert)
 
 
-def blocks_of(model: ModelConfig, stages: int, stage: int) -> range:
-    """The layers of one pipeline stage: as even as can be, the first ones have one more."""
-    size, more = divmod(model.n_layers, stages)
-    first = stage * size + min(stage, more)
-    return range(first, first + size + (stage < more))
+@lru_cache(maxsize=4096)
+def blocks_of(model: ModelConfig, ranks: int, rank: int, stages_per_rank: int = 1) -> tuple[int, int]:
+    """Layers of one rank of a pipeline: without experts, and with.
+
+    What an even division leaves over goes to the stages in the middle, as in `parallel/pipeline.py`.
+    """
+    stages = ranks * stages_per_rank
+    even, left = divmod(model.n_layers, stages)
+    larger = [*range(1, stages - 1), 0, stages - 1][:left]
+    sizes = [even + (stage in larger) for stage in range(stages)]
+    starts = [sum(sizes[:stage]) for stage in range(rank, stages, ranks)]
+    layers = [i for start, size in zip(starts, sizes[rank::ranks], strict=True) for i in range(start, start + size)]
+    mixed = sum(map(model.has_experts, layers))
+    return len(layers) - mixed, mixed
 
 
 def root_part(model: ModelConfig, stages: int, stage: int, tensor: int) -> Part:
@@ -69,30 +78,30 @@ def root_part(model: ModelConfig, stages: int, stage: int, tensor: int) -> Part:
 
 
 def kept_bytes(model: ModelConfig, experts: bool, s: dict[str, int], what: str, width: int = 2) -> float:
-    """Bytes that a block's forward pass leaves for its backward, for each token of this rank, in eager mode.
+    """Bytes that a block's forward pass leaves for its backward, for each token of this rank, in eager mode on a GPU.
 
     Under tensor parallel the inputs of attention and MLP are gathered, so each rank keeps all of them; keys and values
     are those of the whole sequence, gathered from the context ranks. A compiled block keeps less.
     """
-    t, c, d, m = s["tensor"], s["context"], model.d_model, model.mla
-    q, kv = model.n_heads * model.head_dim, 2 * model.n_kv_heads * model.head_dim
+    t, c, d, m, moe = s["tensor"], s["context"], model.d_model, model.mla, model.moe
+    h, q, kv = model.n_heads, model.n_heads * model.head_dim, 2 * model.n_kv_heads * model.head_dim
+    y, latents, made_kv = q, 0, kv
     if m.kv_rank:
-        q, kv = (q + model.n_heads * m.v_dim) / 2, model.n_heads * (2 * model.head_dim - m.rope_dim + m.v_dim)
-    latents = 2 * (m.q_rank + m.kv_rank) * bool(m.kv_rank)
-    copies = {"swiglu": 4, "gegelu": 7, "gelu": 2, "relu2": 3}[model.activation]
-    n_in, hidden = 2 if model.gated else 1, _hidden(model, experts) / t
-    residual = width * d / t
+        y, latents, made_kv = h * m.v_dim, m.q_rank + m.kv_rank, h * (model.head_dim - m.rope_dim + m.v_dim)
+        kv = q + made_kv  # keys are put together from two parts, values are where they were made
+    residual, hidden, routed = width * d / t, _hidden(model, experts) / t, moe.experts_per_token * d * experts
     if what == "full":
         return residual
-    if what == "selective":
-        routed = (model.moe.experts_per_token - 1) * d * experts
-        return residual + width * (2 * q / t + kv / t + latents / 2 + n_in * hidden + 2 * d + routed)
-    norm = 4 if model.norm == "rmsnorm" else width  # RMSNorm's input is kept in float32
-    norms = (1 if model.parallel_block else 2) * norm * d / t
-    inputs = (1 if model.parallel_block and t == 1 else 2) * width * d
-    routed = (2 * width * model.moe.experts_per_token * d + 4 * d) * experts  # rows there and back, the router's input
-    attention = width * (2 * q + kv * c) / t + 4 * model.n_heads / t
-    return norms + inputs + attention + width * (latents + copies * hidden) + routed
+    if what == "selective":  # results of products and of attention
+        products = (q + made_kv + y) / t + latents + (2 if model.gated else 1) * hidden + 2 * d + routed
+        return residual + width * products + 4 * h / t
+    norm = 4 if model.norm == "rmsnorm" else width  # RMSNorm keeps its input in float32; latents and queries have one
+    norms = norm * (1 if model.parallel_block else 2) * d / t + 4 * (latents + model.qk_norm * (q + kv / 2) / t)
+    inputs = (1 if model.parallel_block and t == 1 else 2) * d + latents
+    attention = (q + kv * c + 2 * y) / t  # y as attention leaves it, and with its heads in a row
+    copies = {"swiglu": 4, "gegelu": 7, "gelu": 2, "relu2": 2}[model.activation]
+    router = (4 * d + 8 * moe.n_experts) * experts
+    return norms + width * (inputs + attention + copies * hidden + 2 * routed) + 4 * h / t + router
 
 
 def _hidden(model: ModelConfig, experts: bool) -> int:
@@ -101,43 +110,33 @@ def _hidden(model: ModelConfig, experts: bool) -> int:
     return (moe.experts_per_token + moe.n_shared_experts) * moe.d_expert if experts else model.d_ff
 
 
-def _layers(model: ModelConfig, stages: int, stage: int) -> tuple[int, int]:
-    """Layers of a stage without experts, and with."""
-    layers = blocks_of(model, stages, stage)
-    with_experts = sum(map(model.has_experts, layers)) if model.moe.n_experts else 0
-    return len(layers) - with_experts, with_experts
-
-
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
 def memory_of(config: Config, s: dict[str, int], micro: int, count: int, stage: int) -> dict[str, float]:
-    """Bytes by part on a rank of one stage, at the worst of three moments of a step.
+    """Bytes by part on a rank of one stage, at the worst of four moments of a step.
 
-    Those are the loss, the backward of the last block, when all activations are there, and the end of the backward,
-    when all gradients are. `count` micro-batches of `micro` sequences make a step.
+    Those are the loss, the backward of the last block, when all activations are there, that of the first, when nearly
+    all gradients are, and the end, when embeddings and head are reduced. `count` micro-batches of `micro` sequences
+    make a step.
     """
     model, p, stages, t = config.model, config.parallel, s["pipeline"], s["tensor"]
     width = 4 if config.train.dtype == "float32" else 2
     tokens = micro * config.sequence_length / s["context"]
     shards = s["fsdp"] * s["context"]
     sharded = shards * s["replicas"] * t * stages > 1
-    groups = [(n, experts) for n, experts in zip(_layers(model, stages, stage), (False, True), strict=True) if n]
+    sizes = blocks_of(model, stages, stage, p.stages_per_rank)
+    groups = [(n, experts) for n, experts in zip(sizes, (False, True), strict=True) if n]
     part = {experts: block_part(model, experts, t, s["expert"]) for _, experts in groups}
     blocks = sum((part[experts] * n for n, experts in groups), Part())
     root = root_part(model, stages, stage, t)
-    largest = max((part[experts] for _, experts in groups), key=lambda x: x.all, default=Part()).all
+    largest = max((part[experts] for _, experts in groups), key=lambda x: x.all).all
     held = (blocks.dense + root.dense) / shards + blocks.experts / (shards / s["expert"])
     state = 8 * held
     if config.optim.name == "muon":  # one momentum for hidden matrices
         state -= 4 * (blocks.dense / shards + blocks.experts / (shards / s["expert"]))
-    flying = min(stages - stage, count)
-    kept = {what: sum(n * kept_bytes(model, e, s, what, width) for n, e in groups)
-            for what in {p.recompute, "none"}}
-    once = max((kept_bytes(model, e, s, "none", width) for _, e in groups), default=0.0)
-    again = max(0.0, once - kept[p.recompute] / max(1, sum(n for n, _ in groups)))  # what the backward makes anew
-    wide = max((_hidden(model, e) for _, e in groups), default=0) / t
-    activations, work = tokens * flying * kept[p.recompute], tokens * (again + width * (3 * wide + 2 * model.d_model))
+    layers, flying, kept, work = _activations(config, s, groups, count, stage, width)
+    activations, work = tokens * flying * kept, tokens * work
     head = model.vocab_size * model.d_model / t * (stage == stages - 1)
     everything = p.keep_gathered or stages > 1
     gathered = width * (root.all + (blocks.all if everything else 2 * largest))
@@ -146,17 +145,32 @@ def memory_of(config: Config, s: dict[str, int], micro: int, count: int, stage: 
     whole = (4 * (blocks.all + root.all) if sharded else 4 * held) * (count > 1)  # summed between ranks at the end
     layer = largest * (width + (4 if sharded else 0))  # a block's gradients, and another's on their way in float32
     base = {"weights": 4 * held, "optimizer": state}
-    logits = (3 * min(LOGITS_BYTES, 4 * tokens * model.vocab_size / t) + 4 * head
-              + 2 * width * tokens * model.d_model) * (stage == stages - 1)
-    resident = width * (root.all + blocks.all * everything) if sharded else gathered
+    chunks = 3 * min(LOGITS_BYTES, 4 * tokens * model.vocab_size / t)
+    # the head's gradient in float32, twice while it is scaled, and in the dtype of products; hidden states and theirs
+    logits = 4 * head + max(chunks, (4 + width) * head) + (4 + 2 * width) * tokens * model.d_model
+    resident = width * (root.all + (blocks.all if everything else largest)) if sharded else gathered
     moments = [
-        base | {"gradients": whole, "gathered": resident, "activations": activations, "logits": logits, "work": 0.0},
-        base | {"gradients": whole, "gathered": gathered, "activations": activations,
-                "logits": 0.0, "work": work + layer + width * head},
-        base | {"gradients": 4 * held + (4 * root.all if sharded else 0), "gathered": gathered,
-                "activations": activations / max(1, sum(n for n, _ in groups)) / flying, "logits": 0.0,
-                "work": work + layer + width * root.all}]
+        base | {"gradients": whole, "gathered": resident, "activations": activations,
+                "logits": logits * (stage == stages - 1), "work": 0.0},
+        base | {"gradients": whole, "gathered": gathered, "activations": activations, "logits": 0.0,
+                "work": work + layer + width * head},
+        base | {"gradients": 4 * held, "gathered": gathered - width * root.all * sharded, "logits": 0.0,
+                "activations": activations / layers / flying, "work": work + layer + width * head},
+        base | {"gradients": 4 * held, "gathered": 0.0, "activations": 0.0, "logits": 0.0,
+                "work": (4 + width) * root.all * sharded}]
     return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _activations(config: Config, s: dict[str, int], groups: list[tuple[int, bool]], count: int, stage: int,
+                 width: int) -> tuple[int, float, float, float]:
+    """Layers of a rank, micro-batches in flight, and for each token: bytes kept by all layers, bytes at work in one."""
+    model, p, stages = config.model, config.parallel, s["pipeline"]
+    v, layers = p.stages_per_rank, sum(n for n, _ in groups)  # with v > 1 what is in flight is v-ths of a rank's layers
+    flying = min(count, stages - stage if v == 1 else ((v - 1) * stages + 2 * (stages - 1 - stage) + 1) / v)
+    kept = sum(n * kept_bytes(model, experts, s, p.recompute, width) for n, experts in groups)
+    again = max(kept_bytes(model, experts, s, "none", width) for _, experts in groups) - kept / layers
+    gradients = width * (3 * max(_hidden(model, experts) for _, experts in groups) / s["tensor"] + 2 * model.d_model)
+    return layers, flying, kept, max(0.0, again) + gradients
 
 
 # --- Traffic and time -------------------------------------------------------------------------------------------------
@@ -165,7 +179,7 @@ def memory_of(config: Config, s: dict[str, int], micro: int, count: int, stage: 
 def traffic_of(config: Config, s: dict[str, int], micro: int, count: int, stage: int) -> dict[str, float]:
     """Bytes that one rank of a stage sends in a step, by axis."""
     model, p, t, c, e = config.model, config.parallel, s["tensor"], s["context"], s["expert"]
-    plain, mixed = _layers(model, s["pipeline"], stage)
+    plain, mixed = blocks_of(model, s["pipeline"], stage, p.stages_per_rank)
     blocks = block_part(model, False, t, e) * plain + (block_part(model, True, t, e) * mixed if mixed else Part())
     root = root_part(model, s["pipeline"], stage, t)
     shards = s["fsdp"] * c
@@ -185,9 +199,10 @@ def traffic_of(config: Config, s: dict[str, int], micro: int, count: int, stage:
         "tensor": others(t) * row * ((plain + mixed) * (11 if again else 8) + 2 * (stage == 0) + 2 * (stage > 0)),
         "context": others(c) * keys / (1 if model.mla.kv_rank else t) * (plain + mixed) * (3 if again else 2),
         "expert": others(e) * row * model.moe.experts_per_token * mixed * (6 if again else 4),
-        "pipeline": row / t * edges}
+        "pipeline": row / t * (2 * p.stages_per_rank - 2 + edges)}
 
 
+@lru_cache(maxsize=256)
 def flops_of(model: ModelConfig, length: int, recompute: str) -> dict[str, float]:
     """FLOPs for one token, over all stages: what the model asks for, and what is computed, some of it twice.
 
@@ -202,13 +217,15 @@ def flops_of(model: ModelConfig, length: int, recompute: str) -> dict[str, float
             "attention": attention * (4.5 if full else 3.5) / 3}
 
 
+@lru_cache(maxsize=256)
 def routed_share(model: ModelConfig) -> float:
     """Of the products in blocks, those with routed experts."""
-    moe, mixed = model.moe, _layers(model, 1, 0)[1]
+    moe, mixed = model.moe, blocks_of(model, 1, 0)[1]
     routed = mixed * moe.experts_per_token * (3 if model.gated else 2) * model.d_model * moe.d_expert
     return routed / model.layer_parameters(active=True) if mixed else 0.0
 
 
+@lru_cache(maxsize=256)
 def swept_bytes(model: ModelConfig, recompute: str) -> tuple[float, float]:
     """Bytes that norms, gates and residuals move through memory for one token: in all blocks, and at the head.
 

@@ -29,8 +29,6 @@ class Assumptions:
     """Of a step, what each doubling of the number of machines adds in waiting for the slowest."""
     imbalance: float = 1.1
     """Tokens of the rank with the busiest experts, over the mean."""
-    interleaved: int = 1
-    """Pieces of the model in each pipeline stage; 1 is plain 1F1B."""
     headroom: float = 0.10
     """Of the memory, what is left to the allocator, the driver and the buffers of collectives."""
     goodput: float = 0.90
@@ -87,7 +85,8 @@ def plan(config: Config, gpus: int = 1, gpu: str | Device = "h100", assumptions:
     computed = flops["blocks"] + flops["head"] + flops["attention"]
     return Plan(
         name=config.name, gpu=device.name, gpus=gpus,
-        layout=sizes | {"recompute": config.parallel.recompute, "keep_gathered": config.parallel.keep_gathered},
+        layout=sizes | {name: getattr(config.parallel, name) for name in ("stages_per_rank", "recompute",
+                                                                          "keep_gathered")},
         batch={"tokens": tokens, "sequence_length": length, "micro_batch": micro, "micro_batches": steps[main][2]},
         parameters={"total": model.n_parameters, "active": model.n_active_parameters, "held": held},
         flops={"per_token": flops["wanted"], "computed_per_token": computed, "per_step": flops["wanted"] * tokens},
@@ -109,10 +108,14 @@ def refusals(config: Config, s: dict[str, int]) -> Iterator[tuple[str, str]]:
             yield f"parallel tensor {t} cannot share {name} {number}", "parallel.tensor"
     if t > 1 and model.sparse.block:
         yield "parallel tensor needs dense attention", "parallel.tensor"
+    if e > 1 and not moe.n_experts:
+        yield f"parallel expert {e} needs a model with experts", "parallel.expert"
     if e > 1 and moe.n_experts % e:
         yield f"parallel expert {e} cannot share out {moe.n_experts} experts", "parallel.expert"
-    if s["pipeline"] > model.n_layers:
+    if s["pipeline"] * config.parallel.stages_per_rank > model.n_layers:
         yield f"parallel pipeline {s['pipeline']} has more stages than n_layers {model.n_layers}", "parallel.pipeline"
+    if s["pipeline"] > 1 and (model.tied_embeddings or (moe.n_experts and moe.router == "sparsemixer")):
+        yield "parallel pipeline needs tied_embeddings false and a router that draws nothing", "parallel.pipeline"
     if s["context"] > 1 and config.sequence_length % (2 * s["context"]):
         yield f"parallel context {s['context']} cannot cut {config.sequence_length} tokens", "parallel.context"
     ranks = s["replicas"] * s["fsdp"]
@@ -122,11 +125,18 @@ def refusals(config: Config, s: dict[str, int]) -> Iterator[tuple[str, str]]:
             yield (f"a batch of {samples} sequences cannot be shared by {ranks} ranks (replicas x fsdp); the nearest "
                    f"number below is {best}: give more to another axis, or change train.batch_tokens"), "parallel.fsdp"
             return
+        share, micro, p = samples // ranks, config.micro_batch(ranks), s["pipeline"]
+        n, v = share // micro, config.parallel.stages_per_rank
+        if p > 1 and (share % micro or n < p or (v > 1 and n % (n // p))):
+            kind = f"{p} or more" if v == 1 else f"a multiple of {p}, or that many or more in equal rounds,"
+            yield (f"micro_batch {micro} does not cut {share} sequences into {kind} equal micro-batches",
+                   "train.micro_batch")
+            return
 
 
 def _stages(sizes: dict[str, int]) -> set[int]:
-    """The first has the embeddings and most micro-batches in flight, the last the head: one of them is the worst."""
-    return {0, sizes["pipeline"] - 1}
+    """The first has the embeddings and most in flight, the second may have a layer more, the last has the head."""
+    return {0, 1, sizes["pipeline"] - 1} if sizes["pipeline"] > 1 else {0}
 
 
 def _memory(config: Config, sizes: dict[str, int], device: Device, a: Assumptions, micro: int, count: int) -> dict:
@@ -173,7 +183,7 @@ def _stage_time(config: Config, s: dict[str, int], device: Device, a: Assumption
                 stage: int) -> dict[str, float]:
     model, length = config.model, config.sequence_length
     flops = counts.flops_of(model, length, config.parallel.recompute)
-    layers = len(counts.blocks_of(model, s["pipeline"], stage)) / model.n_layers
+    layers = sum(counts.blocks_of(model, s["pipeline"], stage, config.parallel.stages_per_rank)) / model.n_layers
     is_last = stage == s["pipeline"] - 1
     tokens = micro * count * length / s["context"] / s["tensor"]
     uneven = 1 + (a.imbalance - 1) * counts.routed_share(model)
@@ -190,7 +200,7 @@ def _stage_time(config: Config, s: dict[str, int], device: Device, a: Assumption
             **{axis: seconds for axis, seconds in sending.items() if axis not in OVERLAPPED}}
     busy = sum(time.values())
     beside = sum(sending[axis] for axis in OVERLAPPED)
-    time["bubble"] = busy * (s["pipeline"] - 1) / a.interleaved / count
+    time["bubble"] = busy * (s["pipeline"] - 1) / config.parallel.stages_per_rank / count
     time["exposed"] = max(0.0, beside - busy)
     held = counts.memory_of(config, s, micro, count, stage)["weights"] / 4
     time["optimizer"] = 28 * held / device.bandwidth / a.traffic  # reads weight, gradient, two moments; writes three

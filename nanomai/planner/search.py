@@ -13,49 +13,49 @@ from nanomai.config import Config, ConfigError, ModelConfig, ParallelConfig, Tra
 from nanomai.planner.devices import Device, find_device
 from nanomai.planner.plan import Assumptions, Plan, plan
 
-STAGES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16)
-
 
 def layouts(config: Config, gpus: int, device: Device, recomputes: tuple[str, ...] = ("none", "selective", "full"),
             micros: tuple[int, ...] = (1, 2, 4), keeps: tuple[bool, ...] = (False, True)) -> Iterator[Config]:
-    """The configuration under every layout worth a look; what cannot be shared is refused by `plan`."""
-    model, in_machine = config.model, device.in_machine
+    """The configuration under every layout worth a look; what cannot be shared is left to `plan` to refuse."""
+    model, length = config.model, config.sequence_length
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
-    tensor = [n for n in divisors if n <= in_machine and model.n_kv_heads % n == 0]
-    context = [n for n in divisors if n == 1 or (n <= 16 and config.sequence_length // n >= 4096)]
+    tensor = [n for n in divisors if n <= device.in_machine and model.n_kv_heads % n == 0]
+    context = [n for n in divisors if n == 1 or (n <= 16 and length // n >= 2048)]
     expert = [n for n in divisors if (model.moe.n_experts or 1) % n == 0]
-    stages = [n for n in STAGES if gpus % n == 0 and n <= model.n_layers]
-    share = min(tokens for _, tokens in config.batches) // config.sequence_length
-    for t, c, e, p in itertools.product(tensor, context, expert, stages):
+    pipeline = [(1, 1), *((n, v) for n in divisors if 1 < n <= 16 for v in (1, 2) if n * v <= model.n_layers)]
+    common = math.gcd(*(tokens // length for _, tokens in config.batches))
+    for t, c, e, (p, v) in itertools.product(tensor, context, expert, pipeline):
         ranks = gpus // (t * c * p)
-        if gpus % (t * c * p) or ranks % e or share % ranks:
+        if gpus % (t * c * p) or common % ranks or ranks % e:
             continue
-        for replicas in {1, max(1, ranks // 64)}:
-            if ranks % replicas or ranks // replicas % e:
+        for replicas in sorted({1, max(1, ranks // 64)}):
+            if ranks // replicas % e:
                 continue
             for recompute, micro, kept in itertools.product(recomputes, micros, keeps):
-                if micro * ranks <= share and not (kept and p > 1):
-                    yield replace(config, parallel=ParallelConfig(replicas, "auto", t, c, e, p, kept, recompute),
-                                  train=replace(config.train, micro_batch=micro))
+                if micro * ranks <= common and not (kept and p > 1):
+                    parallel = ParallelConfig(replicas=replicas, tensor=t, context=c, expert=e, pipeline=p,
+                                              stages_per_rank=v, keep_gathered=kept, recompute=recompute)
+                    yield replace(config, parallel=parallel, train=replace(config.train, micro_batch=micro))
 
 
 def search(config: Config, gpus: int, gpu: str | Device = "h100",
            assumptions: Assumptions | None = None) -> tuple[list[Plan], dict[str, int]]:
-    """The plans that fit, fastest first, and of the others how many failed for what."""
+    """The plans that fit, fastest first, and of the others how many failed for what: a field, with an example."""
     device = gpu if isinstance(gpu, Device) else find_device(gpu)
-    fitting, failed = [], Counter()
+    fitting, failed, examples = [], Counter(), {}
     for candidate in layouts(config, gpus, device):
         try:
             found = plan(candidate, gpus, device, assumptions)
         except ConfigError as error:
-            failed[str(error).split(";")[0]] += 1
+            examples.setdefault(error.field, str(error).split(";")[0])
+            failed[f"{error.field}: {examples[error.field]}"] += 1
             continue
         if found.fits:
             fitting.append(found)
         else:
-            memory = found.memory
-            part = max((name for name in memory if name not in ("peak", "headroom", "device")), key=memory.get)
-            failed[f"too little memory, most of it {part}"] += 1
+            part = max((name for name in found.memory if name not in ("peak", "headroom", "device")),
+                       key=found.memory.get)
+            failed[f"too little memory: the largest part is {part}"] += 1
     return sorted(fitting, key=lambda found: found.run["days"]), dict(failed.most_common())
 
 
