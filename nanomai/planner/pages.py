@@ -59,7 +59,7 @@ def plan(found: Plan) -> str:
               for part, seconds in found.time.items() if seconds]
     lines += ["", f"speed       {short(speed['tokens_per_second'])} tokens a second, "
               f"{speed['tokens_per_second_per_gpu']:,.5g} a GPU; MFU {speed['mfu']:.1%}, attention causal",
-              f"the run     {short(run['tokens'])} tokens, {run['flops']:.3g} FLOPs: {run['days']:,.3g} days, "
+              f"the run     {short(run['tokens'])} tokens, {run['flops']:.3g} FLOPs: {_days(run['days'])} days, "
               f"{short(run['gpu_hours'])} GPU-hours",
               f"            {short(run['dollars'])} dollars, {short(run['kwh'])} kWh, {short(run['co2_kg'] / 1000)} t "
               "of CO2", "", "assumed"]
@@ -72,7 +72,7 @@ def plan(found: Plan) -> str:
 def search(fitting: list[Plan], failed: dict[str, int]) -> str:
     """The best few, and one line for each reason of the others."""
     lines = [f"{len(fitting)} layouts fit; the fastest:" if fitting else "no layout fits"]
-    lines += [f"  {found.run['days']:8.3g} days  MFU {found.speed['mfu']:5.1%}  {found.memory['peak'] / 1e9:6.1f} GB  "
+    lines += [f"  {_days(found.run['days']):>8} days  MFU {found.speed['mfu']:5.1%}  {found.memory['peak'] / 1e9:6.1f} GB  "
               f"micro-batch {found.batch['micro_batch']}  {layout_of(found)}" for found in fitting[:BEST]]
     lines += [f"{sum(failed.values())} do not:"] if failed else []
     return "\n".join(lines + [f"  {number:6d}  {reason}" for reason, number in failed.items()])
@@ -88,6 +88,10 @@ def largest(named: Plan | None, plain: Plan) -> str:
         f"on {plain.gpus:,} x {plain.gpu}, with a tenth of the memory left free:",
         f"  of scale_configs/, at its own length: {said(named) if named else 'none'}",
         f"  of a plain shape (d = 128 layers, SwiGLU, 32,768 tokens known, 4,096 in a row): {said(plain)}"])
+
+
+def _days(days: float) -> str:
+    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
 
 
 def _row(name: str, value: str, what: str | None) -> str:

@@ -126,11 +126,10 @@ def refusals(config: Config, s: dict[str, int]) -> Iterator[tuple[str, str]]:
                    f"number below is {best}: give more to another axis, or change train.batch_tokens"), "parallel.fsdp"
             return
         share, micro, p = samples // ranks, config.micro_batch(ranks), s["pipeline"]
-        n, v = share // micro, config.parallel.stages_per_rank
-        if p > 1 and (share % micro or n < p or (v > 1 and n % (n // p))):
-            kind = f"{p} or more" if v == 1 else f"a multiple of {p}, or that many or more in equal rounds,"
-            yield (f"micro_batch {micro} does not cut {share} sequences into {kind} equal micro-batches",
-                   "train.micro_batch")
+        n, interleaved = share // micro, config.parallel.stages_per_rank > 1
+        if p > 1 and (share % micro or n < p or (interleaved and n % p)):
+            yield (f"micro_batch {micro} cuts {share} sequences into no {p} {'times n' if interleaved else 'or more'} "
+                   "equal micro-batches, as the pipeline needs"), "train.micro_batch"
             return
 
 
