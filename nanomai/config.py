@@ -256,11 +256,14 @@ class Config:
     def micro_batch(self, ranks: int) -> int:
         """Sequences in one forward pass: a rank's share of the smallest batch, in as few equal parts as stay in bounds.
 
-        Where no equal parts do, the last one of a step is shorter. `ranks` are those that read different data.
+        Where no equal parts do, the last one of a step is shorter, but not in a pipeline. `ranks` are those that read
+        different data.
         """
         t = self.sequence_length
         share = max(1, int(min(_values(self.train.batch_tokens))) // t // ranks)
         parts = math.ceil(share / max(1, MICRO_BATCH_TOKENS // t))
+        while self.parallel.pipeline > 1 and share % parts:
+            parts += 1  # stages exchange equal ones
         return self.train.micro_batch or math.ceil(share / parts)
 
     @property
