@@ -24,7 +24,7 @@ from dataclasses import replace as replace_fields
 import torch
 
 from nanomai import kernels
-from nanomai.config import Config, ConfigError
+from nanomai.config import Config, ConfigError, factors
 from nanomai.optim import piecewise
 
 COMPILE_SECONDS = 60.0  # a run shorter than this, by its FLOPs, would spend more on compiling than it gains
@@ -68,7 +68,8 @@ def resolve(config: Config, device: torch.device, world_size: int = 1, before: C
     compile_blocks = train.compile
     if compile_blocks == "auto":
         compile_blocks = "on" if _can_compile(device) and _outlasts_compilation(config, device) else "off"
-    micro_batch = config.micro_batch(world_size)
+    sizes = factors(config.parallel, world_size)
+    micro_batch = config.micro_batch(sizes["replicas"] * sizes["fsdp"])
     return replace_fields(config, train=replace_fields(train, dtype=dtype, threads=threads, compile=compile_blocks,
                                                        kernels=_kernels(config, device), micro_batch=micro_batch))
 
