@@ -16,7 +16,7 @@ _HOMES = {
     "read_metrics": "runs",
     "generate": "sampling", "stream_text": "sampling", "evaluate": "evaluation", "evaluate_text": "evaluation",
     "Tokenizer": "tokenizer", "get_tokenizer": "tokenizer", "train_bpe": "tokenizer", "prepare": "preparation",
-    "from_hf": "hub", "to_hf": "hub", "plan": "planner", "Plan": "planner",
+    "from_hf": "hub", "to_hf": "hub", "plan": "planner", "Plan": "planner", "simulate": "simulator",
 }
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"

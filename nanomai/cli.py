@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from nanomai.config import Config, ConfigError
-from nanomai.options import Eval, Export, Import, Plan, Sample
+from nanomai.options import Eval, Export, Import, Plan, Sample, Simulate
 
 USAGE = """\
 usage: nanomai COMMAND ...
@@ -32,6 +32,7 @@ commands:
   eval RUN [--text FILE]                      loss and bits per byte, on the validation split or on a text of yours
   prepare CONFIG [--SECTION.FIELD VALUE ...]  only make the tokenizer and the token shards
   plan CONFIG [--gpus N] [--gpu h100]         memory, time and money of a run before it is started
+  simulate CONFIG --world-size N              what one step of N ranks needs, without any of them
   import DIR OUT                              make a run of a Hugging Face folder
   export RUN OUT                              make a Hugging Face folder of a run
 
@@ -240,6 +241,16 @@ def _plan(arguments: list[str]) -> int:
     return 0
 
 
+def _simulate(arguments: list[str]) -> int:
+    options, settings = _read_flags(Simulate, arguments, "nanomai simulate CONFIG", return_unknown_args=True)
+    config = _config("simulate", settings)
+    from nanomai.simulator import simulate, table
+
+    found = simulate(config, options.world_size, options.layers, options.micro_batches, options.imbalance)
+    print(json.dumps(found.as_dict()) if options.json else table(found))
+    return 0
+
+
 def _import(arguments: list[str]) -> int:
     options = _parse(Import, arguments, "import")
     from nanomai.hub import import_run
@@ -283,8 +294,8 @@ def _parse(kind: type, arguments: list[str], command: str):
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "sample": _sample, "eval": _eval, "prepare": _prepare, "plan": _plan, "import": _import,
-    "export": _export}
+    "train": _train, "sample": _sample, "eval": _eval, "prepare": _prepare, "plan": _plan, "simulate": _simulate,
+    "import": _import, "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -107,3 +107,27 @@ class Plan:
             raise ConfigError(f"gpus {self.gpus} must be at least 1")
         if self.price is not None and self.price < 0:
             raise ConfigError(f"price {self.price} must not be negative")
+
+
+@dataclass(frozen=True)
+class Simulate:
+    """Run a training step on ranks that do not exist: memory by cause, FLOPs, and what is sent. CONFIG comes first.
+
+    Settings of the configuration are flags here too, such as --parallel.tensor 8.
+    """
+
+    world_size: int = 1
+    """Ranks to pretend."""
+    layers: int | None = None
+    """Simulate this depth and half of it, and continue to the whole: seconds in place of minutes."""
+    micro_batches: int = 1
+    """Forward and backward passes before the optimizer's step, of --train.micro-batch sequences (0: one)."""
+    imbalance: float = 1.0
+    """Tokens that this rank's experts get, in even shares."""
+    json: bool = False
+    """Print one JSON object, with all in bytes, in place of the tables."""
+
+    def __post_init__(self):
+        for name in ("world_size", "micro_batches", "imbalance"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "sampling": "layers ops model rope tokenizer",  # the cache makes the masks of its rows
     "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks
     "hub": "architecture checkpoint config config_file files model pretrained rope runs tokenizer",
-    "simulator": "config model parallel optim",
+    "simulator": "config model moe ops optim parallel",
     "trainer": BELOW_TRAINER + " show",  # the loss curve of every run folder
     "post": BELOW_TRAINER + " trainer",
     "exercises": BELOW_TRAINER + " show triton_kernels",  # the checks of the notebooks: answers against the package

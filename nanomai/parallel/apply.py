@@ -74,12 +74,13 @@ def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0,
     `stages` are the ranks that have the other parts of the model.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.stack([_norm(parts, groups) for groups, parts in _by_sharing(gradients).items()])
+    held = _by_sharing(gradients)
+    norm = torch.stack([_norm(parts, groups) for groups, parts in held.items()])
     norm = _norm([norm], () if stages is None else (stages.get_group(),)) / divide_by
     scale = 1.0 / divide_by
     if max_norm > 0:
         scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_([share(g)[0] for g in gradients], scale)
+    torch._foreach_mul_([part for parts in held.values() for part in parts], scale)
     return norm
 
 

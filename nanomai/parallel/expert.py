@@ -45,15 +45,24 @@ def share_experts(model: nn.Module, ranks: DeviceMesh) -> None:
 
 
 def _forward(experts: Experts, group: dist.ProcessGroup, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """x (N, D), weights and chosen (N, k) -> (N, D), as `Experts.forward`. The host waits for the counts."""
+    """x (N, D), weights and chosen (N, k) -> (N, D), as `Experts.forward`."""
     size, here = group.size(), len(experts.w_up)
     pairs = sort_pairs(chosen, size * here)
     counts = pairs.ends.diff(prepend=pairs.ends.new_zeros(1)).view(size, here)
-    coming = exchanged(counts, [1] * size, [1] * size, group)  # (R, E / R): from each rank, for each expert here
-    sent, received = counts.sum(1).tolist(), coming.sum(1).tolist()
+    coming, sent, received = traffic(counts, group)
     rows = exchange(to_experts(x, pairs), received, sent, group)  # (M, D), by rank, then by expert
-    experts_of_rows = torch.arange(here, device=x.device).repeat(size).repeat_interleave(coming.flatten())
+    experts_of_rows = torch.arange(here, device=x.device).repeat(size).repeat_interleave(
+        coming.flatten(), output_size=len(rows))
     ones = torch.ones_like(experts_of_rows, dtype=weights.dtype)
     y = Experts.forward(experts, rows, ones[:, None], experts_of_rows[:, None])
     y = to_tokens(exchange(y, sent, received, group), pairs)  # (N, k, D)
     return (y * weights[..., None].to(x.dtype)).sum(1)
+
+
+def traffic(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[int], list[int]]:
+    """Of counts (R, E / R), rows for each rank's experts: those that come here, and what goes to and comes from a rank.
+
+    The host waits here; the simulator, whose counts have no values, has its own function in this place.
+    """
+    coming = exchanged(counts, [1] * group.size(), [1] * group.size(), group)  # (R, E / R), by the rank they come from
+    return coming, counts.sum(1).tolist(), coming.sum(1).tolist()

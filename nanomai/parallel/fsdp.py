@@ -7,9 +7,13 @@ With a second axis (HSDP) each row of ranks is such a group, and gradients are s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from nanomai.parallel.layout import Layout
 from nanomai.parallel.pipeline import stages_of
@@ -26,12 +30,28 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: b
     ranks, options = layout.sharding(), {"mp_policy": policy, "reshard_after_forward": not keep_gathered}
     for block in model.blocks.values():
         if layout.axis("expert") is not None and hasattr(block.mlp, "experts"):
-            fully_shard(block.mlp.experts, mesh=layout.sharding(of_experts=True), **options)
-        fully_shard(block, mesh=ranks, **options)
+            group = layout.sharding(of_experts=True)
+            fully_shard(block.mlp.experts, mesh=group, shard_placement_fn=_inside_experts(group), **options)
+        fully_shard(block, mesh=ranks, shard_placement_fn=_inside_experts(ranks), **options)
     fully_shard(model, mesh=ranks, mp_policy=policy)  # first and last to run, so it stays gathered in between
     for unit in units(model):
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
         unit.set_gradient_divide_factor(1.0)  # gradients are sums over tokens, divided once (`clip_gradients`)
+
+
+def _inside_experts(ranks: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """Where ranks outnumber the experts of a stack (E, m, n), each gets rows of all; else some ranks would get nothing.
+
+    A function of the parameter, as FSDP wants it; None leaves the first dimension.
+    """
+    size = ranks["shard"].size()
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        inside = held.ndim == 3 and len(held) < size and held.shape[1] % size == 0
+        return Shard(1) if inside else None
+
+    return placement
 
 
 def units(model: nn.Module) -> list[FSDPModule]:

@@ -154,8 +154,9 @@ class _VocabularyParallelLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=wide)
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        for rows in torch.arange(len(hidden)).split(max(1, LOGITS_BYTES // (4 * len(weight)))):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        chunk = max(1, LOGITS_BYTES // (4 * len(weight)))
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], w).to(wide)  # (n, V / R)
             logits = logits if bias is None else logits + bias
             mine = targets[rows, None] - first  # (n, 1)
