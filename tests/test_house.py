@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BELOW_TRAINER = """parts architecture config config_file files kernels masks ops rope layers grouped moe mla model
                    tokenizer pretrained corpus shards data optim parallel checkpoint planner runs sampling evaluation
-                   hub simulator machine guard preparation report state"""
+                   hub observer simulator machine guard preparation report state"""
 PUBLIC = BELOW_TRAINER + " show trainer post"
 
 # A room is a file or a folder of nanomai/. Inside a folder all is allowed; `folder.file` gives one file its own line.
@@ -59,7 +59,8 @@ MAY_IMPORT = {
     "sampling": "layers ops model rope tokenizer",  # the cache makes the masks of its rows
     "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks
     "hub": "architecture checkpoint config config_file files model pretrained rope runs tokenizer",
-    "simulator": "config model moe ops optim parallel",
+    "observer": "grouped parallel",
+    "simulator": "config model moe observer ops optim parallel",
     "trainer": BELOW_TRAINER + " show",  # the loss curve of every run folder
     "post": BELOW_TRAINER + " trainer",
     "exercises": BELOW_TRAINER + " show triton_kernels",  # the checks of the notebooks: answers against the package
