@@ -96,7 +96,7 @@ CASES = {  # of two ranks and of four: the same five steps must come of each
 
 
 def models_of(case):
-    return MODELS | ({"few experts": FEW} if case == "fsdp x tensor" else {})
+    return MODELS | ({"few experts": FEW} if case == "fsdp" else {})
 
 
 def on_each_rank(rank, world_size, folder):
@@ -111,7 +111,7 @@ def on_each_rank(rank, world_size, folder):
 @pytest.mark.parametrize("world_size", CASES)
 def test_sharded_training_is_training(world_size, tmp_path):
     launch(on_each_rank, world_size, world_size, tmp_path, timeout_s=500)
-    for model, config in models_of("fsdp x tensor").items():
+    for model, config in models_of("fsdp").items():
         for optimizer in ("adamw", "muon"):
             expected = train_few(Mesh(), config, ParallelConfig(), optimizer)
             for case in (case for case in CASES[world_size] if model in models_of(case)):
