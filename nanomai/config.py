@@ -137,6 +137,8 @@ class TrainConfig:
     """A step whose loss or gradient norm lies further than this many deviations above the recent ones is skipped."""
     max_skipped: int = 8
     """Skipped steps in a row that stop the run."""
+    hang_timeout: float = 1800.0
+    """Seconds without the end of a step after which several ranks name the one that hangs, and exit; 0 waits on."""
     profile_steps: int = 0
     """Steps to trace with the profiler, from the fourth on; 0 traces none."""
 
@@ -146,7 +148,8 @@ class TrainConfig:
         if self.sequence_length is not None and self.sequence_length < 1:
             raise ConfigError(f"sequence_length {self.sequence_length} must be at least 1, or null",
                               "train.sequence_length")
-        for name in ("eval_every", "sample_every", "checkpoint_every", "profile_steps", "micro_batch", "threads"):
+        for name in ("eval_every", "sample_every", "checkpoint_every", "hang_timeout", "profile_steps", "micro_batch",
+                     "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)} must not be negative", f"train.{name}")
         _check_knots(self.batch_tokens, "train.batch_tokens")

@@ -6,6 +6,7 @@ Muon takes the hidden matrices and AdamW the rest (embeddings, head, norms, bias
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 
@@ -85,6 +86,11 @@ def _orthogonalize_all(directions: Tensor, quintics: tuple) -> Tensor:
         placements=cut)
 
 
+def _is_advice_to_users(record: logging.LogRecord) -> bool:
+    """Not how the two all-to-alls are done where gloo, or a grid of several axes, has none."""
+    return not record.msg.startswith(("CPU process group does not support alltoall", "While redistributing from"))
+
+
 class Muon(Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024; scaled as in arXiv 2502.16982).
 
@@ -98,6 +104,8 @@ class Muon(Optimizer):
                  lr: float = 0.0, dtype: torch.dtype | None = None):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype  # of the iterations; None keeps the gradients' own
+        for library in ("_collective_utils", "_redistribute"):
+            logging.getLogger(f"torch.distributed.tensor.{library}").addFilter(_is_advice_to_users)
         for p in parameters:
             self.state[p] = {"momentum": torch.zeros_like(p)}
 

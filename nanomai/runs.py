@@ -25,6 +25,7 @@ from nanomai.config import Config
 from nanomai.config_file import load_config, to_yaml
 from nanomai.files import write_atomically
 from nanomai.model import Transformer
+from nanomai.parallel.launch import may_restart
 from nanomai.parallel.mesh import Mesh
 from nanomai.pretrained import PretrainedTokenizer, load_tokenizer
 from nanomai.tokenizer import Tokenizer
@@ -37,6 +38,9 @@ class RunError(RuntimeError):
 def open_run(config: Config) -> Path:
     """The folder of this run, made if need be. A folder that holds a run is only used by `train.resume`."""
     wanted, resume = config.train.run_dir, config.train.resume
+    if may_restart() and not resume:
+        raise RunError("torchrun --max-restarts would begin this run anew after a failure; add --train.resume, which "
+                       "goes on from the newest checkpoint and begins where there is none")
     folder = Path(wanted or f"runs/{config.name}").expanduser()
     if wanted and not resume:
         _require_free(folder)

@@ -29,6 +29,7 @@ from nanomai.parallel.apply import clip_gradients
 from nanomai.parallel.launch import StopSignal, process_group
 from nanomai.parallel.layout import lay_out
 from nanomai.parallel.mesh import Mesh
+from nanomai.parallel.watch import Watchdog, slowest
 from nanomai.preparation import prepare
 from nanomai.report import Report, profiled
 from nanomai.sampling import stream_text
@@ -97,6 +98,8 @@ class Trainer:
         self.loader = self.prepared.loader(config.sequence_length, config.data.seed, verify)
         self.validation = self.prepared.validation(config.sequence_length, verify)
         self.recent_seconds: deque[float] = deque(maxlen=16)
+        self.recent_waits: deque[float] = deque(maxlen=16)  # of them, for this rank's part of the data
+        self.watch = Watchdog(mesh, train.hang_timeout)
         self.state = RunState(config, folder, self.layout, device, self.prepared.tokenizer, self.loader.identity,
                               report)
         self.loader.require(self.state.samples + sum(self._batch_samples()))
@@ -121,11 +124,13 @@ class Trainer:
         train = self.config.train
         batches = self.loader.batches(self.state.samples, self._batch_samples(), self.layout.data_rank,
                                       self.layout.data_size)
-        with contextlib.closing(batches), self.state.saver:
+        with self.watch, contextlib.closing(batches), self.state.saver:
             for asked_at, batch in timed(batches):
+                self.recent_waits.append(time.perf_counter() - asked_at)
                 row = self.step(batch, asked_at)
                 if row is None:
                     return self._interrupted()
+                self.watch.hear(self.state.steps_done)
                 self.after_step()
                 last = self.state.steps_done == train.steps
                 if _due(train.eval_every, self.state.steps_done) and not last:
@@ -211,10 +216,29 @@ class Trainer:
         n = max(1, (train.final_eval_tokens if last else train.eval_tokens) // self.config.sequence_length)
         batches = self.validation.batches(train.micro_batch, n, self.layout.data_rank, self.layout.data_size)
         with torch.compiler.set_stance("force_eager"):
-            self.val = evaluate(self.state.model, self.prepared.tokenizer, batches, self.layout.sum)
+            self.val = evaluate(self.state.model, self.prepared.tokenizer, self.watch.each(batches), self.layout.sum)
         fsdp.scatter(self.state.model)
+        ranks = self._compare_ranks()
         if self.metrics and not self.metrics.has(self.state.steps_done, "val_loss"):
-            self.metrics.add(step=self.state.steps_done, val_loss=self.val.loss, val_bpb=self.val.bits_per_byte)
+            self.metrics.add(step=self.state.steps_done, val_loss=self.val.loss, val_bpb=self.val.bits_per_byte,
+                             **ranks)
+
+    def _compare_ranks(self) -> dict[str, float]:
+        """What the slowest rank costs. The steps of all take the same time, since each waits for the others: so this
+        asks what a rank does alone, a matrix product and waiting for its data."""
+        if self.mesh.world_size == 1 or not self.recent_waits:
+            return {}
+        step, peak = statistics.median(self.recent_seconds), machine.matmul_peak(
+            self.device, getattr(torch, self.config.train.dtype))
+        product, wait = slowest(self.mesh, 1 / peak, statistics.median(self.recent_waits))
+        ratio, late = product.value / product.median, (wait.value - wait.median) / step
+        if ratio > 1.2:
+            self.report.warn(f"rank {product.rank} needs {ratio:.2f} times the median rank's time for a matrix product")
+        if late > 0.2:
+            self.report.warn(f"rank {wait.rank} waits {wait.value:.2f} s for its data in a step of {step:.2f} s, the "
+                             f"median rank {wait.median:.2f} s")
+        return {"ranks/slowest_product": round(ratio, 3), "ranks/slowest_product_rank": product.rank,
+                "ranks/latest_data": round(late, 3), "ranks/latest_data_rank": wait.rank}
 
     def _write(self, tokens: int, seed: int) -> str:
         """A sample; all ranks draw the same one, since none has the whole model."""

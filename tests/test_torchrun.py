@@ -62,7 +62,8 @@ def _train_masked(rank, run):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_ranks_and_one_goes_on(number, here):
     """SIGTERM goes to torchrun alone, as from a scheduler; Ctrl-C reaches every process of the terminal."""
-    job = subprocess.Popen([*TORCHRUN, "train", "tiny.yaml", "--train.steps", "3000", "--optim.schedule", "constant"],
+    job = subprocess.Popen([*TORCHRUN, "train", "tiny.yaml", "--train.steps", "3000", "--optim.schedule", "constant",
+                            "--train.checkpoint-every", "2"],  # so that one is being written when the signal comes
                            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            start_new_session=True)
     while not job.stdout.readline().startswith("step "):

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from nanomai.config import ConfigError
 from nanomai.parallel.mesh import Mesh, RankFailed
 
-A_DAY = 86_400.0  # as long as rank 0 may prepare data while the others wait; a rank that dies is noticed at once
+A_DAY = 86_400.0  # as long as rank 0 may prepare data while the others wait; death is noticed at once, see `watch.py`
 
 
 @contextlib.contextmanager
@@ -35,13 +35,14 @@ def process_group(device_type: str = "cpu", timeout_s: float = A_DAY) -> Iterato
         raise ConfigError(f"WORLD_SIZE is {world_size} and RANK is not set; start with torchrun, or unset WORLD_SIZE")
     mesh = Mesh(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")))
     joined_here = not dist.is_initialized()
-    if joined_here:
-        # gloo serves CPU tensors (flags, preparation) beside nccl's GPU tensors
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        if device_type == "cuda":
-            torch.cuda.set_device(mesh.local_rank)
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     try:
+        if joined_here:
+            # gloo serves CPU tensors (flags, preparation) beside nccl's GPU tensors
+            backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+            if device_type == "cuda":
+                torch.cuda.set_device(mesh.local_rank)
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s), rank=mesh.rank,
+                                    world_size=world_size, store=_fresh_store(mesh, timeout_s))
         yield mesh
         mesh.barrier()  # no rank tears its connections down while another still waits for an answer
     except RuntimeError as error:
@@ -51,8 +52,40 @@ def process_group(device_type: str = "cpu", timeout_s: float = A_DAY) -> Iterato
         time.sleep(1)  # torchrun ends every rank as soon as one has failed: the one that knows why speaks first
         raise RankFailed("another rank ended while this one waited for it" if lost else str(error)) from None
     finally:
-        if joined_here:
+        if joined_here and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def meeting_point(timeout_s: float = 60) -> dist.Store:
+    """A connection to the store at which the ranks of this job meet: torchrun's own, or that of rank 0 without it."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                         timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def _fresh_store(mesh: Mesh, timeout_s: float) -> dist.Store | None:
+    """A store for the process groups of this start alone, in rank 0; None where nothing is kept from start to start.
+
+    torchrun's has lived through restarts since torch 2.5, with addresses that dead ranks left there, and the ranks that
+    read before they are overwritten connect to nobody.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    kept, host, key = meeting_point(timeout_s), os.environ["MASTER_ADDR"], "nanomai/port"
+    if mesh.is_main:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False,
+                              timeout=datetime.timedelta(seconds=timeout_s))
+        kept.set(key, str(store.port))
+        return store
+    while True:
+        with contextlib.suppress(dist.DistError):  # the port of an earlier start: nobody is there
+            store = dist.TCPStore(host, int(kept.get(key)), is_master=False, timeout=datetime.timedelta(seconds=2))
+            store.set_timeout(datetime.timedelta(seconds=timeout_s))
+            return store
+
+
+def may_restart() -> bool:
+    """Whether torchrun would start this command line again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 class StopSignal:
