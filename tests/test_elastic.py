@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import curve, environment, rows, tiny, write_tiny
+from tiny_run import ROOT, curve, environment, rows, tiny, write_tiny
 from torch.multiprocessing import ProcessExitedException
 
 from nanomai import checkpoint, data, machine, trainer
 from nanomai.parallel.launch import launch
 
 STEPS, EVERY = 60, 3
+COMMAND = re.search(r"^torchrun --nproc_per_node=2 --max-restarts.*", (ROOT / "README.md").read_text(), re.M)[0]
 KEEP_ALL = ["--train.checkpoint-every", str(EVERY), "--train.keep-checkpoints", "100"]
 
 
@@ -31,14 +32,15 @@ def here(tmp_path, monkeypatch):
 
 
 class Job:
-    """A torchrun of a few ranks, whose output is collected while it runs."""
+    """The README's torchrun of a few ranks, whose output is collected while it runs."""
 
-    def __init__(self, ranks, *flags, restarts=0, **more):
-        self.n, self.lines, command = ranks, [], [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                   f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", "-m", "nanomai"]
-        self.process = subprocess.Popen([*command, "train", "tiny.yaml", "--train.resume", *flags], text=True,
-                                        env=environment(PYTHONUNBUFFERED="1", **more), stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT)
+    def __init__(self, ranks, *flags, restarts=0):
+        here = {"torchrun": f"{sys.executable} -m torch.distributed.run", "--nproc_per_node=2":
+                f"--nproc_per_node={ranks}", "--max-restarts=3": f"--max-restarts={restarts}", "nano": "tiny.yaml"}
+        command = " ".join(here.get(word, word) for word in COMMAND.split()).split()
+        self.n, self.lines = ranks, []
+        self.process = subprocess.Popen([*command, *flags], text=True, env=environment(PYTHONUNBUFFERED="1"),
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")))
         self.reader.start()
 
