@@ -129,7 +129,7 @@ def _train_laid_out(rank, layouts):
         trainer.train(tiny(train__run_dir=name, train__steps=6, **WIDE, **settings), show=False)
 
 
-def test_a_run_is_the_same_however_it_is_laid_out(here):
+def test_a_run_is_the_same_however_it_is_laid_out(here, capfd):
     """The trainer's whole way: counts, accumulation, evaluation, a sample, a checkpoint that one process reads."""
     two = {"tensor": {"parallel__tensor": 2}, "context": {"parallel__context": 2, "train__micro_batch": 3},
            "experts": {"parallel__expert": 2, "parallel__recompute": "full", **EXPERTS},
@@ -138,6 +138,7 @@ def test_a_run_is_the_same_however_it_is_laid_out(here):
     four = {"hsdp": {"parallel__replicas": 2}, "fsdp-tensor": {"parallel__tensor": 2}}
     launch(_train_laid_out, 2, two, timeout_s=300)
     launch(_train_laid_out, 4, four, timeout_s=300)
+    assert "torch" not in capfd.readouterr().err  # its library's advice, which is not for who trains
     _train_laid_out(0, {"one": {}, "one-of-experts": EXPERTS})
     for name in (*two, *four):
         one = "one-of-experts" if "experts" in name else "one"
