@@ -65,8 +65,8 @@ def meeting_point(timeout_s: float = 60) -> dist.Store:
 def _fresh_store(mesh: Mesh, timeout_s: float) -> dist.Store | None:
     """A store for the process groups of this start alone, in rank 0; None where nothing is kept from start to start.
 
-    torchrun's has lived through restarts since torch 2.5, with addresses that dead ranks left there, and the ranks that
-    read before they are overwritten connect to nobody.
+    torchrun's lives through restarts (seen in torch 2.13) with addresses that dead ranks left there, and who reads them
+    before they are overwritten connects to nobody.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -77,8 +77,9 @@ def _fresh_store(mesh: Mesh, timeout_s: float) -> dist.Store | None:
         kept.set(key, str(store.port))
         return store
     while True:
+        port = int(kept.get(key))
         with contextlib.suppress(dist.DistError):  # the port of an earlier start: nobody is there
-            store = dist.TCPStore(host, int(kept.get(key)), is_master=False, timeout=datetime.timedelta(seconds=2))
+            store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=2))
             store.set_timeout(datetime.timedelta(seconds=timeout_s))
             return store
 
