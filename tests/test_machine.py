@@ -1,13 +1,15 @@
 """Each rule of the table in machine.py, on machines that this one is not."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
 from nanomai import machine
-from nanomai.config import Config, ConfigError, ModelConfig, TrainConfig
+from nanomai.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from nanomai.machine import describe, matmul_peak, pick_device, prepare_process, resolve, usable_cores
+from nanomai.parallel.pipeline import check_batch
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -128,6 +130,13 @@ def test_micro_batch(pretend, batch_tokens, world_size, micro_batch):
     resolved = resolve(config(batch_tokens=batch_tokens), CPU, world_size)
     assert resolved.train.micro_batch == micro_batch
     assert resolve(config(batch_tokens=batch_tokens, micro_batch=2), CPU, world_size).train.micro_batch == 2
+
+
+@pytest.mark.parametrize("sequences, micro_batch", [(8, 4), (130 * 2, 26), (67 * 2, 1)])
+def test_the_micro_batches_of_a_pipeline_are_equal(pretend, sequences, micro_batch):
+    pipeline = dataclasses.replace(config(batch_tokens=256 * sequences), parallel=ParallelConfig(pipeline=2))
+    assert resolve(pipeline, CPU, 2).train.micro_batch == micro_batch
+    check_batch(resolve(pipeline, CPU, 2), sequences)
 
 
 def test_a_sequence_longer_than_the_bound_goes_alone(pretend):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanomai.architecture import MoEConfig
 from nanomai.config import Config, ConfigError, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from nanomai.layers import evaluating
 from nanomai.model import Transformer, build_model, init_weights
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
@@ -21,6 +22,7 @@ from nanomai.parallel.launch import launch, process_group
 from nanomai.parallel.layout import factors, lay_out
 from nanomai.parallel.mesh import Mesh, RankFailed
 from nanomai.parallel.pipeline import share_layers
+from nanomai.sampling import KVCache
 
 MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24, vocab_size=130,
                     context_length=8, tied_embeddings=False)
@@ -79,7 +81,17 @@ def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimiz
         balance_experts(model)
     found["parameters"] = {name: whole_of(p) for name, p in model.state_dict().items()}
     found["optimizer"] = {name: whole_of(t) for name, t in named_state(optimizers, model).items()}
-    return found
+    return found | use(model)
+
+
+@torch.no_grad()
+def use(model: Transformer) -> dict:
+    """What evaluation and sampling ask of a model: the loss of a batch, and logits with a cache."""
+    ids, targets, documents = batch(STEPS)
+    cache = KVCache(model, ROWS, MODEL.context_length)
+    with evaluating(model):
+        steps = [model(part, cache=cache, last_only=True) for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:6])]
+        return {"evaluated": model(ids, targets, documents, reduction="sum").item(), "logits": torch.cat(steps)}
 
 
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -235,6 +247,8 @@ def assert_same(found: dict, expected: dict, where: str) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), where
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
     assert found["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-5), where
+    assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-4), where
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-3, atol=1e-3, msg=f"logits of {where}")
     for kind, rtol in (("initial", 0), ("gradients", 1e-5), ("parameters", 1e-3), ("optimizer", 1e-2)):
         assert found[kind].keys() == expected[kind].keys()
         for name, tensor in expected[kind].items():

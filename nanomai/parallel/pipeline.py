@@ -152,7 +152,8 @@ class Pipeline:
             if s in self.here:
                 stage = self.stages[self.here.index(s)]
                 stage.training = self.model.training  # what is inside of it belongs to the model as well
-                x = stage(ids, targets, document_ids, reduction, _of_stage(cache, stage), last_only, hidden=x)
+                x = stage(ids, targets, document_ids, reduction=reduction, cache=_of_stage(cache, stage),
+                          last_only=last_only, hidden=x)
                 if isinstance(stage, FSDPModule):
                     stage.reshard()  # embedding and head: blocks are scattered by who called
             else:
