@@ -148,7 +148,8 @@ def model_of(name: str, length: int) -> ModelConfig:
 
 def predicted(row: Row, constants: dict[str, float]) -> float:
     """Tokens a second and GPU."""
-    parallel = ParallelConfig(**row.layout, recompute=row.recompute)
+    pieces = [int(flag.split(" x ")[1]) for flag in row.flags if " x " in flag]
+    parallel = ParallelConfig(**row.layout, stages_per_rank=pieces[0] if pieces else 1, recompute=row.recompute)
     sizes = factors(parallel, row.gpus)
     ranks = sizes["fsdp"] * sizes["replicas"]
     train = TrainConfig(batch_tokens=ranks * row.micro * row.count * row.length, sequence_length=row.length,
@@ -163,8 +164,6 @@ def predicted(row: Row, constants: dict[str, float]) -> float:
         a = replace(a, products=a.products * FLOAT8)
     if "async" in row.flags:
         a = replace(a, links=a.links / ASYNC)
-    pieces = [int(flag.split(" x ")[1]) for flag in row.flags if " x " in flag]
-    a = replace(a, interleaved=pieces[0] if pieces else 1)
     seconds = step_time(config, sizes, device, a, row.micro, row.count)["step"]
     return train.batch_tokens / seconds / row.gpus
 

@@ -222,8 +222,7 @@ def _plan(arguments: list[str]) -> int:
     from nanomai.planner import find_device, largest, pages, plan, search
 
     device = find_device(options.gpu)
-    if options.price is not None:
-        device = replace(device, price=options.price)
+    device = device if options.price is None else replace(device, price=options.price)
     if options.largest:
         if settings:
             raise ConfigError(f"--largest looks at all configurations: leave out {settings[0]!r}")
