@@ -73,7 +73,8 @@ def search(fitting: list[Plan], failed: dict[str, int]) -> str:
     """The best few, and one line for each reason of the others."""
     lines = [f"{len(fitting)} layouts fit; the fastest:" if fitting else "no layout fits"]
     lines += [f"  {_days(found.run['days']):>8} days  MFU {found.speed['mfu']:5.1%}  "
-              f"{found.memory['peak'] / 1e9:6.1f} GB  micro-batch {found.batch['micro_batch']}  {layout_of(found)}" for found in fitting[:BEST]]
+              f"{found.memory['peak'] / 1e9:6.1f} GB  micro-batch {found.batch['micro_batch']}  {layout_of(found)}"
+              for found in fitting[:BEST]]
     lines += [f"{sum(failed.values())} do not:"] if failed else []
     return "\n".join(lines + [f"  {number:6d}  {reason}" for reason, number in failed.items()])
 
