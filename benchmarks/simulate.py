@@ -12,8 +12,9 @@ from nanomai.config_file import load_config
 from nanomai.simulator import simulate
 
 RESULTS = Path(__file__).parent / "results"
-LAYOUTS = {"mai-1-dense": {"parallel.tensor": 8, "parallel.recompute": "full"},
-           "mai-1-moe": {"parallel.expert": 64, "parallel.recompute": "full"}}
+FULL = {"parallel.recompute": "full", "parallel.pipeline": 1}  # the simulator has no stages yet
+LAYOUTS = {"mai-1-dense": {"parallel.tensor": 8} | FULL,
+           "mai-1-moe": {"parallel.expert": 64, "parallel.tensor": 1} | FULL}
 RANKS = (1024, 4096)
 TEXT = """\
 # A step of the 500B proposals on ranks that do not exist

@@ -182,6 +182,9 @@ class ParallelConfig:
         for name in ("replicas", "fsdp", "tensor", "context", "expert", "pipeline", "stages_per_rank"):
             if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ConfigError(f"{name} {value} must be at least 1", f"parallel.{name}")
+        if self.expert > 1 and self.recompute == "selective":
+            raise ConfigError("recompute selective cannot keep what experts of other ranks make; full or none can",
+                              "parallel.recompute")
         if self.stages_per_rank > 1 and self.pipeline == 1:
             raise ConfigError(f"stages_per_rank {self.stages_per_rank} needs a pipeline of more than one rank",
                               "parallel.stages_per_rank")
@@ -264,9 +267,10 @@ class Config:
         """
         t = self.sequence_length
         share = max(1, int(min(_values(self.train.batch_tokens))) // t // ranks)
-        parts = math.ceil(share / max(1, MICRO_BATCH_TOKENS // t))
-        while self.parallel.pipeline > 1 and share % parts:
-            parts += 1  # stages exchange equal ones
+        parts, p = math.ceil(share / max(1, MICRO_BATCH_TOKENS // t)), self.parallel
+        if p.pipeline > 1:  # stages exchange equal ones, and as many at least as there are ranks
+            multiple = p.pipeline if p.stages_per_rank > 1 else 1
+            parts = next((n for n in range(max(parts, p.pipeline), share + 1) if share % n == n % multiple == 0), share)
         return self.train.micro_batch or math.ceil(share / parts)
 
     @property

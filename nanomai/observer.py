@@ -6,6 +6,7 @@ They see a real step as well as one whose tensors are fakes.
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections import Counter, defaultdict
 
@@ -80,10 +81,14 @@ class Observer(TorchDispatchMode):
             observer.change(storage)
 
         torch.UntypedStorage.resize_ = resize_
+        self.collects = gc.isenabled()
+        gc.disable()  # when Python looks for circles depends on what the process did before: here, never
         return super().__enter__()
 
     def __exit__(self, *problem):
         torch.UntypedStorage.resize_ = self.resize
+        if self.collects:
+            gc.enable()
         return super().__exit__(*problem)
 
     def __torch_dispatch__(self, op, types, inputs=(), options=None):

@@ -22,6 +22,13 @@ def one_thread():
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def graphs_of_this_file():
+    """What other files have compiled in this process counts against the limit of graphs for one piece of code."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def dynamo_knows_torch():
     """The first compilation of a process lists torch's functions, once for all; what is patched then stays unknown."""

@@ -132,7 +132,7 @@ def test_micro_batch(pretend, batch_tokens, world_size, micro_batch):
     assert resolve(config(batch_tokens=batch_tokens, micro_batch=2), CPU, world_size).train.micro_batch == 2
 
 
-@pytest.mark.parametrize("sequences, micro_batch", [(8, 4), (130 * 2, 26), (67 * 2, 1)])
+@pytest.mark.parametrize("sequences, micro_batch", [(8, 4), (130 * 2, 52), (67 * 2, 2)])
 def test_the_micro_batches_of_a_pipeline_are_equal(pretend, sequences, micro_batch):
     pipeline = dataclasses.replace(config(batch_tokens=256 * sequences), parallel=ParallelConfig(pipeline=2))
     assert resolve(pipeline, CPU, 2).train.micro_batch == micro_batch

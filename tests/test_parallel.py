@@ -393,6 +393,13 @@ def test_a_factor_that_does_not_fit_is_named(settings, world_size, line, field):
     assert str(error.value) == line and error.value.field == f"parallel.{field}"
 
 
+def test_selective_recomputation_is_not_for_experts_elsewhere():
+    """FSDP gathers the experts inside the block, and torch cannot keep some results of such a block."""
+    with pytest.raises(ConfigError, match=r"^recompute selective cannot keep what experts of other ranks") as error:
+        ParallelConfig(expert=2, recompute="selective")
+    assert error.value.field == "parallel.recompute"
+
+
 @pytest.mark.parametrize("settings, field", [({"replicas": 0}, "replicas"), ({"fsdp": -1}, "fsdp")])
 def test_a_factor_below_one_is_refused(settings, field):
     with pytest.raises(ConfigError, match="must be at least 1") as error:

@@ -253,11 +253,11 @@ def poison(monkeypatch):
     bad, clip = {}, trainer.clip_gradients
     count = iter(range(1, 10**6))
 
-    def poisoned(model, max_norm, divide_by):
+    def poisoned(model, *rest):
         factor = bad.get(next(count), 1.0)
         for parameter in model.parameters():
             parameter.grad.mul_(factor)
-        return clip(model, max_norm, divide_by)
+        return clip(model, *rest)
 
     monkeypatch.setattr(trainer, "clip_gradients", poisoned)
     return lambda steps, value: bad.update(dict.fromkeys(steps, value))
