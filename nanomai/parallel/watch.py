@@ -71,8 +71,8 @@ class Watchdog:
     def _verdict(self) -> str | None:
         """One line that names the ranks for which the others wait; None where another rank says it."""
         mine = _where(self.watched, self.steps_done)
-        reports = {self.mesh.rank: mine}
-        with contextlib.suppress(RuntimeError):  # the store may be gone with its machine
+        reports = {}
+        try:
             self.store.set(f"rank {self.mesh.rank}", mine)
             time.sleep(self.grace)
             if self.store.add("speakers", 1) > 1:
@@ -81,6 +81,8 @@ class Watchdog:
             for rank in range(self.mesh.world_size):
                 there = self.store.check([f"rank {rank}"])
                 reports[rank] = self.store.get(f"rank {rank}").decode() if there else SILENT
+        except RuntimeError:  # the store is gone: the rank that keeps it has ended, and has said why
+            return None
         return f"no step has ended for {self.timeout_s:.0f} s (train.hang_timeout): {_sorted_out(reports)}"
 
 
