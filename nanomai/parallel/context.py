@@ -27,9 +27,8 @@ def share_sequences(model: nn.Module, ranks: DeviceMesh) -> None:
             return None  # sampling: each rank does all of it
         if options.get("reduction") != "sum":
             raise ValueError("under context parallel the loss is a sum: no rank knows the count of all tokens")
-        sequence = SharedSequence(ids.shape[1], documents, group)
-        own = sequence.own.to(ids.device)
-        return (ids[:, own], targets[:, own]), options | {"cache": sequence}
+        sequence = SharedSequence(ids, documents, group)
+        return (ids[:, sequence.own], targets[:, sequence.own]), options | {"cache": sequence}
 
     def end(model, inputs, options, loss):
         return total(loss, group) if isinstance(options.get("cache"), SharedSequence) and not loss.ndim else loss
@@ -49,11 +48,12 @@ class SharedSequence:
 
     length = 0  # positions that an earlier forward pass has left
 
-    def __init__(self, length: int, documents: Tensor | None, group: dist.ProcessGroup):
+    def __init__(self, ids: Tensor, documents: Tensor | None, group: dist.ProcessGroup):
         self.group, self.documents = group, documents
         size, rank = group.size(), group.rank()
-        order = [own_positions(length, (rank + 1 + i) % size, size) for i in range(size)]  # this rank's come last
-        self.own, self.order = order[-1], torch.cat(order)
+        order = [own_positions(ids.shape[1], (rank + 1 + i) % size, size) for i in range(size)]  # this rank's come last
+        self.order = torch.cat(order).to(ids.device)
+        self.own = self.order[-len(order[-1]):]
 
     @property
     def layers(self) -> SharedSequence:
