@@ -101,13 +101,18 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
 CASES = {  # of two ranks and of four: the same five steps must come of each
     2: {"fsdp": {}, "fsdp, kept": {"keep_gathered": True}, "replicas": {"replicas": 2},
         "fsdp, full recompute": {"recompute": "full"}, "fsdp, selective": {"recompute": "selective"},
-        "tensor": {"tensor": 2}, "tensor, full recompute": {"tensor": 2, "recompute": "full"}},
+        "tensor": {"tensor": 2}, "tensor, full recompute": {"tensor": 2, "recompute": "full"},
+        "context": {"context": 2}, "expert": {"expert": 2}},
     4: {"fsdp": {}, "hsdp": {"replicas": 2}, "hsdp, full recompute": {"replicas": 2, "recompute": "full"},
-        "fsdp x tensor": {"tensor": 2}, "replicas x tensor": {"replicas": 2, "tensor": 2}},
+        "fsdp x tensor": {"tensor": 2}, "replicas x tensor": {"replicas": 2, "tensor": 2},
+        "expert x tensor": {"expert": 2, "tensor": 2},
+        "expert x context, full recompute": {"expert": 2, "context": 2, "recompute": "full"}},
 }
 
 
 def models_of(case):
+    if case.startswith("expert"):
+        return {"experts": EXPERTS}
     return MODELS | ({"few experts": FEW} if case == "fsdp" else {})
 
 

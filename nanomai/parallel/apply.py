@@ -1,5 +1,5 @@
 """The order in which parallelism is laid over a model, outside the model: pipeline, and over each stage context,
-tensor, expert, recompute, compile, FSDP.
+expert, tensor, recompute, compile, FSDP.
 
 The model arrives on the meta device, as shapes; its values come last, so that no rank ever holds a whole one.
 """
@@ -36,10 +36,11 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
 def _transform(model: nn.Module, layout: Layout, parallel: ParallelConfig, compile_blocks: bool) -> None:
     if (ranks := layout.axis("context")) is not None:
         context.share_sequences(model, ranks)
+    if (ranks := layout.axis("expert")) is not None:
+        cuts_each = layout.axis("tensor") is not None
+        expert.share_experts(model, layout.sparse["expert", "tensor"] if cuts_each else ranks)
     if (ranks := layout.axis("tensor")) is not None:
         tensor.share_products(model, ranks)
-    if (ranks := layout.axis("expert")) is not None:
-        expert.share_experts(model, ranks)
     recompute(model, parallel.recompute)
     if compile_blocks:
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are

@@ -20,6 +20,7 @@ from nanomai.grouped import sort_pairs, to_experts, to_tokens
 from nanomai.moe import Experts
 from nanomai.parallel.collectives import exchange, exchanged
 from nanomai.parallel.shares import cut, see_own_parts
+from nanomai.parallel.tensor import placement
 
 
 def check(config: ModelConfig, size: int) -> None:
@@ -34,14 +35,15 @@ def check(config: ModelConfig, size: int) -> None:
 
 
 def share_experts(model: nn.Module, ranks: DeviceMesh) -> None:
-    """Gives each rank its part of every layer's experts."""
-    check(model.config, ranks.size())
+    """Gives each rank its part of every layer's experts. `ranks` is (expert,); (expert, tensor) cuts each as well."""
+    group = ranks.get_group("expert")
+    check(model.config, group.size())
     for block in model.blocks.values():
         if (experts := getattr(block.mlp, "experts", None)) is not None:
             for name, _ in list(experts.named_parameters(recurse=False)):
-                cut(experts, name, ranks, Shard(0))
+                cut(experts, name, ranks, *(Shard(0), placement(f"experts.{name}"))[: ranks.ndim])
             see_own_parts(experts)
-            experts.forward = functools.partial(_forward, experts, ranks.get_group())
+            experts.forward = functools.partial(_forward, experts, group)
 
 
 def _forward(experts: Experts, group: dist.ProcessGroup, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

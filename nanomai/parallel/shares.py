@@ -9,12 +9,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
 
 
-def cut(module: nn.Module, name: str, ranks: DeviceMesh, placement: Placement) -> None:
-    """Makes a parameter on the meta device a DTensor that is cut (Shard), or whole (Replicate), along `ranks`."""
+def cut(module: nn.Module, name: str, ranks: DeviceMesh, *placements: Placement) -> None:
+    """Makes a parameter on the meta device a DTensor, cut (Shard) or whole (Replicate) along each axis of `ranks`."""
     local = module.get_parameter(name).detach()
-    if placement.is_shard():
-        local = local.chunk(ranks.size(), placement.dim)[0].contiguous()
-    module.register_parameter(name, nn.Parameter(DTensor.from_local(local, ranks, [placement], run_check=False)))
+    for axis, placement in enumerate(placements):
+        if placement.is_shard():
+            local = local.chunk(ranks.size(axis), placement.dim)[0].contiguous()
+    module.register_parameter(name, nn.Parameter(DTensor.from_local(local, ranks, placements, run_check=False)))
 
 
 def see_own_parts(module: nn.Module, change: dict[str, Callable[[Tensor], Tensor]] | None = None) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from nanomai.config import ConfigError, ModelConfig
 from nanomai.ops import IGNORE
@@ -49,12 +49,17 @@ def check(config: ModelConfig, size: int) -> None:
 
 
 def share_products(model: nn.Module, ranks: DeviceMesh) -> None:
-    """Cuts the parameters of `model` along `ranks` and lays the collectives around its layers."""
+    """Cuts the parameters of `model` along `ranks` and lays the collectives around its layers.
+
+    Experts that are shared out along another axis have been cut along this one as well (`expert.py`).
+    """
     check(model.config, ranks.size())
     for prefix, module in list(model.named_modules()):
-        names = [name for name, _ in module.named_parameters(recurse=False)]
+        names = [name for name, p in module.named_parameters(recurse=False) if not isinstance(p, DTensor)]
+        if not names:
+            continue
         for name in names:
-            cut(module, name, ranks, _placement(f"{prefix}.{name}"))
+            cut(module, name, ranks, placement(f"{prefix}.{name}"))
         alone = [name for name in names if f"{prefix}.{name}".endswith(ADDED_TO_SUMS)]
         see_own_parts(module, {name: lambda bias: bias * (ranks.get_local_rank() == 0) for name in alone})
     sequence = _Sequence(ranks.get_group())
@@ -63,7 +68,8 @@ def share_products(model: nn.Module, ranks: DeviceMesh) -> None:
         _count_own_heads(block.attention, ranks.size())
 
 
-def _placement(name: str) -> Placement:
+def placement(name: str) -> Placement:
+    """How the parameter of this name is cut."""
     ends = [end for end in CUT if f".{name}".endswith(f".{end}")]
     return Shard(CUT[ends[0]]) if ends else Replicate()
 
