@@ -3,6 +3,7 @@ run, nor any picture; a notebook without outputs, or without a claim, would pass
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -260,6 +261,7 @@ def test_a_missing_half_is_named(lesson, tmp_path):
 
 def nbval(path: Path) -> subprocess.CompletedProcess:
     """As `make test` runs it, with the project's own settings."""
+    shutil.copy(ROOT / "conftest.py", path.parent)
     return subprocess.run([sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", path.parent,
                            "-p", "no:cacheprovider", "--nbval", path], capture_output=True, text=True)
 
