@@ -8,6 +8,7 @@ and computes again what lies between them: norms, rotations, gates.
 from __future__ import annotations
 
 import functools
+import types
 
 import torch
 from torch import nn
@@ -29,7 +30,13 @@ def recompute(model: nn.Module, what: str) -> None:
     if what == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
     for block in model.blocks.values():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+        block.recomputes = options
+        block.forward = types.MethodType(_recomputed, block)
+
+
+def _recomputed(block: nn.Module, *inputs):
+    """A frame of our own with the block as an argument: compiled, one graph serves every layer."""
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, **block.recomputes)
 
 
 def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -23,10 +24,15 @@ def see_own_parts(module: nn.Module, change: dict[str, Callable[[Tensor], Tensor
 
     What is whole on every rank takes part in another sum on each, so its gradient is the sum of theirs.
     """
-    properties = {name: _part(name, parameter.device_mesh.ndim, (change or {}).get(name))
-                  for name, parameter in module.named_parameters(recurse=False)}
-    if properties:
-        module.__class__ = type(type(module).__name__, (type(module),), properties)
+    parts = tuple((name, parameter.device_mesh.ndim, (change or {}).get(name))
+                  for name, parameter in module.named_parameters(recurse=False))
+    if parts:
+        module.__class__ = _class(type(module), parts)
+
+
+@functools.cache  # modules of one kind have one class: else each layer would be compiled anew
+def _class(kind: type[nn.Module], parts: tuple) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {part[0]: _part(*part) for part in parts})
 
 
 def _part(name: str, ndim: int, change: Callable[[Tensor], Tensor] | None) -> property:

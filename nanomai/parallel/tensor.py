@@ -54,6 +54,10 @@ def share_products(model: nn.Module, ranks: DeviceMesh) -> None:
     Experts that are shared out along another axis have been cut along this one as well (`expert.py`).
     """
     check(model.config, ranks.size())
+
+    def by_first(bias: Tensor) -> Tensor:
+        return bias * (ranks.get_local_rank() == 0)
+
     for prefix, module in list(model.named_modules()):
         names = [name for name, p in module.named_parameters(recurse=False) if not isinstance(p, DTensor)]
         if not names:
@@ -61,7 +65,7 @@ def share_products(model: nn.Module, ranks: DeviceMesh) -> None:
         for name in names:
             cut(module, name, ranks, placement(f"{prefix}.{name}"))
         alone = [name for name in names if f"{prefix}.{name}".endswith(ADDED_TO_SUMS)]
-        see_own_parts(module, {name: lambda bias: bias * (ranks.get_local_rank() == 0) for name in alone})
+        see_own_parts(module, dict.fromkeys(alone, by_first))
     sequence = _Sequence(ranks.get_group())
     sequence.surround(model)
     for block in model.blocks.values():
