@@ -167,6 +167,9 @@ class ParallelConfig:
     """Ranks that share every matrix product, and the sequence between them; within a machine."""
     context: int = 1
     """Ranks that share every sequence."""
+    context_by: Literal["keys", "heads"] = "keys"
+    """What they exchange for attention: `keys` gathers all keys and values (Llama 3); `heads` changes parts of the
+    sequence for parts of the heads and back (Ulysses)."""
     expert: int = 1
     """Of the fsdp ranks, those among which the experts are shared out whole."""
     pipeline: int = 1
@@ -245,8 +248,8 @@ class Config:
         if t > self.model.context_length and self.model.position == "learned":
             raise ConfigError(f"sequence_length {t} is longer than context_length {self.model.context_length}, "
                               "and learned positions end there", "train.sequence_length")
-        pieces = 2 * self.parallel.context
-        if t % pieces and pieces > 2:
+        pieces = self.parallel.context * (2 if self.parallel.context_by == "keys" else 1)
+        if t % pieces and self.parallel.context > 1:
             raise ConfigError(f"context {self.parallel.context} cuts sequences into {pieces} pieces, and {t} tokens "
                               "cannot be cut so", "parallel.context")
         for tokens in _values(self.train.batch_tokens):

@@ -18,6 +18,8 @@ from nanomai.layers import Linear, Part, RMSNorm
 class LatentAttention(Part):
     """Stands where `Attention` would. Letters as there; R is kv_rank, P rope_dim, v_dim the width of a value."""
 
+    attend = staticmethod(ops.attention)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, h, self.mla = config.d_model, config.n_heads, config.mla
@@ -47,7 +49,7 @@ class LatentAttention(Part):
         k, v = rearrange(self.wkv(latent[:, 0]), "b s (h k) -> b h s k", h=self.n_heads).split(
             (plain, self.mla.v_dim), dim=-1)
         k = torch.cat((k, shared.expand(-1, self.n_heads, -1, -1)), dim=-1)  # (B, H, S, K)
-        return self.wo(rearrange(ops.attention(q, k, v, mask, "torch"), "b h t k -> b t (h k)"))
+        return self.wo(rearrange(self.attend(q, k, v, mask, "torch"), "b h t k -> b t (h k)"))
 
     def cache_widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(heads, width) of the two tensors that a layer's cache holds."""

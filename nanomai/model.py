@@ -31,6 +31,8 @@ from nanomai.moe import MoE
 class Attention(Part):
     """Causal self-attention with grouped key-value heads."""
 
+    attend = staticmethod(ops.attention)
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -62,7 +64,7 @@ class Attention(Part):
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, G, S, K): the past and the present
         impl = self.impl("attention") if mask is None else "auto"  # whoever made the mask has chosen
-        y = ops.attention(q, k, v, mask, impl)
+        y = self.attend(q, k, v, mask, impl)
         return self.wo(rearrange(y, "b h t k -> b t (h k)"))
 
     def cache_widths(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -183,12 +185,15 @@ class Transformer(Part):
         if config.position == "rope":
             past = 0 if cache is None else cache.length
             rotary = self._rotary(positions, keys.shape[-1], past, torch.promote_types(x.dtype, torch.float32))
-        if cache is not None:
-            mask = cache.mask(positions, keys, config.sliding_window)
-        else:
-            impl = "torch" if config.mla.kv_rank or x.dtype == torch.float64 else self.impl("masked_attention")
-            mask = training_mask(positions, config.sliding_window, document_ids, config.head_dim, impl)
+        mask = self.mask(keys, document_ids) if cache is None else cache.mask(positions, keys, config.sliding_window)
         return x, rotary, mask, self._sparse_mask(positions, keys, document_ids, cache)
+
+    def mask(self, positions: Tensor, document_ids: Tensor | None) -> Mask:
+        """Of whole sequences, for layers that are not sparse: positions (T,), document_ids (B, T)."""
+        config = self.config
+        plain = config.mla.kv_rank or self.compute_dtype == torch.float64
+        return training_mask(positions, config.sliding_window, document_ids, config.head_dim,
+                             "torch" if plain else self.impl("masked_attention"))
 
     def _rotary(self, positions: Tensor, length: int, past: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` in a text of `length` tokens, of which `past` were turned before."""

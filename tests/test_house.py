@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "data": "config tokenizer shards",
     "optim": "config",
     "parallel": "config",
-    "parallel.context": "config masks",
+    "parallel.context": "config masks ops",
     "parallel.expert": "config grouped moe",
     "parallel.tensor": "config ops",
     "checkpoint": "config files parallel",  # saving is collective: it needs to know who the main rank is

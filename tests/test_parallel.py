@@ -1,6 +1,7 @@
 """Two processes against one: sums, clipping, failures; and a job that hangs is ended."""
 
 import dataclasses
+import functools
 import time
 from collections import Counter
 
@@ -9,17 +10,17 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanomai.architecture import MoEConfig
+from nanomai.architecture import MoEConfig, SparseAttention
 from nanomai.config import Config, ConfigError, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanomai.layers import evaluating
 from nanomai.model import Transformer, build_model, init_weights
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import build_optimizers, named_state, set_learning_rate
-from nanomai.parallel import fsdp, pipeline
+from nanomai.parallel import context, fsdp, pipeline
 from nanomai.parallel.apply import allocate, clip_gradients, parallelize, share
 from nanomai.parallel.launch import launch, process_group
-from nanomai.parallel.layout import factors, lay_out
+from nanomai.parallel.layout import Layout, factors, lay_out
 from nanomai.parallel.mesh import Mesh, RankFailed
 from nanomai.parallel.pipeline import share_layers
 from nanomai.sampling import KVCache
@@ -47,10 +48,15 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids[:, :-1], targets, documents
 
 
+@functools.cache  # a process group for each line of each grid, with threads of its own, is slow to make
+def grid(mesh: Mesh, parallel: ParallelConfig) -> Layout:
+    return lay_out(parallel, mesh)
+
+
 def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimizer: str = "adamw",
               micro_batches: int = 1, compiled: bool = False, dtype=torch.float32) -> dict:
     """Five steps as the trainer makes them: losses, norms, and every gradient, parameter and piece of state, whole."""
-    layout = lay_out(parallel, mesh)
+    layout = grid(mesh, dataclasses.replace(parallel, recompute="none", keep_gathered=False, stages_per_rank=1))
     with torch.device("meta"):
         model = Transformer(config)
     model.compute_dtype = dtype
@@ -89,7 +95,7 @@ def use(model: Transformer) -> dict:
     """What evaluation and sampling ask of a model: the loss of a batch, and logits with a cache."""
     ids, targets, documents = batch(STEPS)
     cache = KVCache(model, ROWS, MODEL.context_length)
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):  # as the trainer does
         steps = [model(part, cache=cache, last_only=True) for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:6])]
         return {"evaluated": model(ids, targets, documents, reduction="sum").item(), "logits": torch.cat(steps)}
 
@@ -98,30 +104,31 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-CASES = {  # of two ranks and of four: the same five steps must come of each
+CASES = {  # of two ranks and of four: the same five steps must come of each, and of each with full recomputation
     2: {"fsdp": {}, "fsdp, kept": {"keep_gathered": True}, "replicas": {"replicas": 2},
-        "fsdp, full recompute": {"recompute": "full"}, "fsdp, selective": {"recompute": "selective"},
-        "tensor": {"tensor": 2}, "tensor, full recompute": {"tensor": 2, "recompute": "full"},
-        "context": {"context": 2}, "expert": {"expert": 2}},
-    4: {"fsdp": {}, "hsdp": {"replicas": 2}, "hsdp, full recompute": {"replicas": 2, "recompute": "full"},
-        "fsdp x tensor": {"tensor": 2}, "replicas x tensor": {"replicas": 2, "tensor": 2},
-        "expert x tensor": {"expert": 2, "tensor": 2},
-        "expert x context, full recompute": {"expert": 2, "context": 2, "recompute": "full"}},
+        "fsdp, selective": {"recompute": "selective"}, "tensor": {"tensor": 2},
+        "context": {"context": 2}, "context by heads": {"context": 2, "context_by": "heads"}, "expert": {"expert": 2}},
+    4: {"fsdp": {}, "hsdp": {"replicas": 2}, "fsdp x tensor": {"tensor": 2},
+        "replicas x tensor": {"replicas": 2, "tensor": 2}, "expert x tensor": {"expert": 2, "tensor": 2},
+        "expert x context": {"expert": 2, "context": 2},
+        "context by heads x tensor": {"context": 2, "context_by": "heads", "tensor": 2},
+        "context by heads, more than for keys": {"context": 4, "context_by": "heads"}},
 }
 
 
 def models_of(case):
-    if case.startswith("expert"):
-        return {"experts": EXPERTS}
-    return MODELS | ({"few experts": FEW} if case == "fsdp" else {})
+    if case == "fsdp":
+        return MODELS | {"few experts": FEW}
+    return MODELS if case in ("tensor", "fsdp x tensor") else {"experts": EXPERTS}  # whose first layer is dense
 
 
 def on_each_rank(rank, world_size, folder):
     with process_group() as mesh:
         for case, settings in CASES[world_size].items():
             for model, config in models_of(case).items():
-                for optimizer, micro_batches in (("adamw", 1), ("muon", 2)):
-                    found = train_few(mesh, config, ParallelConfig(**settings), optimizer, micro_batches)
+                for optimizer, micro_batches, recompute in (("adamw", 1, "none"), ("muon", 2, "full")):
+                    parallel = ParallelConfig(**{"recompute": recompute} | settings)
+                    found = train_few(mesh, config, parallel, optimizer, micro_batches)
                     torch.save(found, folder / f"{world_size}-{case}-{model}-{optimizer}-{rank}.pt")
 
 
@@ -135,6 +142,29 @@ def test_sharded_training_is_training(world_size, tmp_path):
                 for rank in range(world_size):
                     found = torch.load(tmp_path / f"{world_size}-{case}-{model}-{optimizer}-{rank}.pt")
                     assert_same(found, expected, f"{case}, {model}, {optimizer}")
+
+
+COMPILED = {"tensor": MODEL, "expert": EXPERTS, "context": EXPERTS}
+COMPILED = {axis: dataclasses.replace(config, n_layers=10) for axis, config in COMPILED.items()}  # above dynamo's limit
+AGAIN = ParallelConfig(recompute="full")
+
+
+def on_each_rank_compiled(rank, folder):
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: plain(self, backend="aot_eager", **options)  # Inductor takes long
+    with process_group() as mesh:
+        for axis, config in COMPILED.items():
+            found = train_few(mesh, config, dataclasses.replace(AGAIN, **{axis: 2}), compiled=True)
+            torch.save(found, folder / f"{axis}-{rank}.pt")
+
+
+def test_layers_that_are_compiled_share_one_graph(tmp_path):
+    """Compiled per layer, they would be refused: a graph in which something breaks off, or is made too often, is."""
+    launch(on_each_rank_compiled, 2, tmp_path, timeout_s=500)
+    for axis, config in COMPILED.items():
+        expected = train_few(Mesh(), config, AGAIN)
+        for rank in range(2):
+            assert_same(torch.load(tmp_path / f"{axis}-{rank}.pt"), expected, f"{axis}, compiled")
 
 
 PIPELINES = {
@@ -403,6 +433,29 @@ def test_selective_recomputation_is_not_for_experts_elsewhere():
     with pytest.raises(ConfigError, match=r"^recompute selective cannot keep what experts of other ranks") as error:
         ParallelConfig(expert=2, recompute="selective")
     assert error.value.field == "parallel.recompute"
+
+
+@pytest.mark.parametrize("changes, size, tensor, line, field", [
+    ({}, 3, 1, "parallel context 3 by heads cannot share 4 heads; the nearest that works is 2, or context_by keys",
+     "context"),
+    ({}, 4, 2, "parallel context 4 by heads cannot share 2 heads; the nearest that works is 2, or context_by keys",
+     "context"),
+    ({"sparse": SparseAttention(block=4)}, 2, 1, "parallel context_by heads needs dense attention: heads of sparse "
+     "layers see different keys; context_by keys does not", "context_by")])
+def test_heads_that_cannot_be_changed_for_positions_are_refused(changes, size, tensor, line, field):
+    config = dataclasses.replace(MODEL, **changes)
+    with pytest.raises(ConfigError) as error:
+        context.check(config, size, "heads", tensor)
+    assert str(error.value) == line and error.value.field == f"parallel.{field}"
+    context.check(config, size, "keys", tensor)
+
+
+def test_sequences_that_cannot_be_cut_are_refused():
+    halves = Config(model=MODEL, train=TrainConfig(sequence_length=6, batch_tokens=6),
+                    parallel=ParallelConfig(context=3, context_by="heads"))
+    with pytest.raises(ConfigError, match=r"^context 3 cuts sequences into 6 pieces, and 9 tokens cannot be cut so$"):
+        dataclasses.replace(halves, train=TrainConfig(sequence_length=9, batch_tokens=9),
+                            parallel=ParallelConfig(context=3))
 
 
 @pytest.mark.parametrize("settings, field", [({"replicas": 0}, "replicas"), ({"fsdp": -1}, "fsdp")])

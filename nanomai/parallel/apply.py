@@ -35,7 +35,8 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
 
 def _transform(model: nn.Module, layout: Layout, parallel: ParallelConfig, compile_blocks: bool) -> None:
     if (ranks := layout.axis("context")) is not None:
-        context.share_sequences(model, ranks)
+        context.check(model.config, ranks.size(), parallel.context_by, layout.sizes["tensor"])
+        context.share_sequences(model, ranks, parallel.context_by)
     if (ranks := layout.axis("expert")) is not None:
         cuts_each = layout.axis("tensor") is not None
         expert.share_experts(model, layout.sparse["expert", "tensor"] if cuts_each else ranks)
@@ -43,8 +44,9 @@ def _transform(model: nn.Module, layout: Layout, parallel: ParallelConfig, compi
         tensor.share_products(model, ranks)
     recompute(model, parallel.recompute)
     if compile_blocks:
+        in_one = layout.axis("expert") is None  # the host asks how many tokens come for experts here
         for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are
-            module.compile(fullgraph=True, dynamic=False)
+            module.compile(fullgraph=in_one, dynamic=False)
     if layout.grid is not None:
         # between the micro-batches of a pipeline nothing is summed, and so nothing need be gathered again
         fsdp.shard(model, layout, model.compute_dtype, parallel.keep_gathered or parallel.pipeline > 1)
