@@ -6,16 +6,18 @@ Muon takes the hidden matrices and AdamW the rest (embeddings, head, norms, bias
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nanomai.config import OptimConfig
+from nanomai.parallel.collectives import gathered, swap
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -71,24 +73,45 @@ def orthogonalize(matrices: Tensor, quintics: tuple[tuple[float, float, float], 
     return x.mT if tall else x
 
 
-def _orthogonalize_all(directions: Tensor, quintics: tuple) -> Tensor:
-    """Each matrix of (N, m, n), or of (N, E, m, n). Where ranks hold parts of all, each first takes some of them whole.
+def _orthogonalize_all(directions: list[Tensor], quintics: tuple) -> list[Tensor]:
+    """What this rank holds of the orthogonalised matrix of each direction (m, n), or matrices of each (E, m, n).
 
-    Two all-to-alls, so a rank sends what it holds of the matrices twice, and no matrix is orthogonalised twice.
+    Ranks that hold parts of the same matrices take some of them whole each, so none is orthogonalised twice: there and
+    back, two all-to-alls for each axis of ranks along which matrices are cut, in which a rank sends what it holds.
+    Rows and columns of zeros, with which uneven parts are filled up, change nothing and stay zeros.
     """
-    if not isinstance(directions, DTensor):
-        return orthogonalize(directions.flatten(0, -3), quintics).view(directions.shape)
-    cut, mesh, dim = directions.placements, directions.device_mesh, directions.ndim - 3
-    whole = directions.redistribute(placements=[Shard(dim)] * mesh.ndim)
-    local = whole.to_local()
-    updates = orthogonalize(local.flatten(0, -3), quintics).view(local.shape)
-    return DTensor.from_local(updates, mesh, whole.placements, shape=whole.shape, stride=whole.stride()).redistribute(
-        placements=cut)
+    x = torch.stack([d.to_local() if isinstance(d, DTensor) else d for d in directions])
+    shape, x = x.shape, x.flatten(0, -3)  # (N, m', n')
+    sharing = _sharing(directions[0])
+    n_matrices, lengths = len(x), []
+    x = F.pad(x, (0, 0, 0, 0, 0, -n_matrices % math.prod(group.size() for group, _, _ in sharing)))
+    for group, dim, length in sharing:
+        if dim is None:
+            x = x.chunk(group.size())[group.rank()]
+            continue
+        lengths.append(x.shape[dim])
+        missing = length - x.shape[dim]
+        x = swap(F.pad(x, (0, 0, 0, missing) if dim == 1 else (0, missing)), 0, dim, group)
+    x = orthogonalize(x, quintics)
+    for group, dim, _ in reversed(sharing):
+        x = gathered(x, 0, group) if dim is None else swap(x, dim, 0, group).narrow(dim, 0, lengths.pop())
+    return list(x[:n_matrices].view(shape).unbind())
 
 
-def _is_advice_to_users(record: logging.LogRecord) -> bool:
-    """Not how the two all-to-alls are done where gloo, or a grid of several axes, has none."""
-    return not record.msg.startswith(("CPU process group does not support alltoall", "While redistributing from"))
+def _sharing(parameter: Tensor) -> list[tuple[dist.ProcessGroup, int | None, int]]:
+    """Each axis of ranks that hold parts of the same matrices, or the same parts: its group; which dimension of
+    (N, m, n) it cuts, None if none; and the length of the parts. What was cut last, by FSDP, comes first."""
+    if not isinstance(parameter, DTensor):
+        return []
+    found, left = [], list(parameter.shape)
+    for axis, placement in reversed(list(enumerate(parameter.placements))):
+        group, dim = parameter.device_mesh.get_group(axis), None
+        if not placement.is_replicate():
+            left[placement.dim] = -(-left[placement.dim] // group.size())
+            dim = placement.dim - parameter.ndim + 3
+        if dim != 0:  # cut between the matrices of a stack, each is whole
+            found.append((group, dim, 0 if dim is None else left[placement.dim]))
+    return found[::-1]
 
 
 class Muon(Optimizer):
@@ -104,8 +127,6 @@ class Muon(Optimizer):
                  lr: float = 0.0, dtype: torch.dtype | None = None):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype  # of the iterations; None keeps the gradients' own
-        for library in ("_collective_utils", "_redistribute"):
-            logging.getLogger(f"torch.distributed.tensor.{library}").addFilter(_is_advice_to_users)
         for p in parameters:
             self.state[p] = {"momentum": torch.zeros_like(p)}
 
@@ -117,13 +138,13 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for shape, parameters in by_shape.items():
-                directions = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
-                updates = _orthogonalize_all(directions.to(self.dtype or directions.dtype),
-                                             THREE_GRADED if len(shape) > 2 else FIVE_ALIKE)
+                directions = [self._nesterov(p, group["momentum"]).to(self.dtype or p.dtype) for p in parameters]
+                updates = _orthogonalize_all(directions, THREE_GRADED if len(shape) > 2 else FIVE_ALIKE)
                 scale = 0.2 * math.sqrt(max(shape[-2:]))
-                for p, update in zip(parameters, updates.unbind(), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+                for p, update in zip(parameters, updates, strict=True):
+                    held = p.to_local() if isinstance(p, DTensor) else p
+                    held.mul_(1 - group["lr"] * group["weight_decay"])
+                    held.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
 
     def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
         buffer = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)

@@ -38,6 +38,13 @@ def exchange(x: Tensor, received: list[int], sent: list[int], group: dist.Proces
     return _Exchange.apply(x, received, sent, group)
 
 
+def swap(x: Tensor, cut: int, join: int, group: dist.ProcessGroup) -> Tensor:
+    """All of dimension `join`, of which each rank has a part, for a part of `cut`, of which each rank has all."""
+    ones = [1] * group.size()
+    parts = exchange(torch.stack(x.chunk(group.size(), cut)), ones, ones, group)  # (R, ...)
+    return torch.cat(parts.unbind(), join)
+
+
 def exchanged(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
     """`exchange` without a gradient."""
     return ops.wait_tensor(ops.all_to_all_single(x.contiguous(), received, sent, group.group_name))

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from nanomai import ops
 from nanomai.config import ConfigError, ModelConfig
 from nanomai.masks import Mask, attention_mask
-from nanomai.parallel.collectives import exchange, gather, total
+from nanomai.parallel.collectives import gather, swap, total
 
 
 def check(config: ModelConfig, size: int, by: str, tensor: int = 1) -> None:
@@ -129,20 +129,14 @@ class Heads:
     """Attention between two all-to-alls. `shared` says whether ranks have parts of the sequence now, or all of it."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self.group, self.size = group, group.size()
+        self.group = group
         self.shared = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, impl: str) -> Tensor:
         """As `ops.attention`, of q (B, H, T / R, K) and k, v (B, G, T / R, K); G is doubled where R needs more."""
         if not self.shared:
             return ops.attention(q, k, v, mask, impl)
-        copies = math.lcm(k.shape[1], self.size) // k.shape[1]
+        copies = math.lcm(k.shape[1], self.group.size()) // k.shape[1]
         k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (k, v))
-        y = ops.attention(*(self._swap(x, 1, 2) for x in (q, k, v)), mask, impl)
-        return self._swap(y, 2, 1)
-
-    def _swap(self, x: Tensor, cut: int, join: int) -> Tensor:
-        """Cuts one dimension into parts, one for each rank, and joins the other from what the ranks send."""
-        parts = torch.stack(x.chunk(self.size, cut))  # (R, ...)
-        ones = [1] * self.size
-        return torch.cat(exchange(parts, ones, ones, self.group).unbind(), join)
+        y = ops.attention(*(swap(x, 1, 2, self.group) for x in (q, k, v)), mask, impl)
+        return swap(y, 2, 1, self.group)
