@@ -105,6 +105,8 @@ class TrainConfig:
     """auto, cpu, cuda, mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and matrix products; the weights that the optimizer keeps are always float32."""
+    float8: bool = False
+    """Projections of blocks in float8, on GPUs that have it (compute capability 8.9); a CPU is slow at it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto where it pays (see `machine.py`)."""
     kernels: str = "auto"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanomai import ops
+from nanomai import float8, ops
 from nanomai.architecture import ModelConfig
 
 
@@ -37,9 +37,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Linear(nn.Linear):
-    """A projection that computes in the dtype of its input."""
+    """A projection that computes in the dtype of its input, or in float8."""
+
+    float8 = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.float8:
+            return float8.linear(x, self.weight, self.bias)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 

@@ -64,6 +64,8 @@ def resolve(config: Config, device: torch.device, world_size: int = 1, before: C
     dtype = train.dtype
     if dtype == "auto":
         dtype = "bfloat16" if _has_fast_bfloat16(device) else "float32"
+    if train.float8:
+        _require_float8(device, dtype)
     threads = train.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     compile_blocks = train.compile
     if compile_blocks == "auto":
@@ -109,6 +111,14 @@ def _require_use(config: Config, chosen: frozenset[str]) -> None:
         unfit |= {} if model.position == "rope" else {"rotary": f"positions are {model.position}"}
     for name in sorted(chosen & unfit.keys()):
         raise ValueError(f"kernels {name!r} cannot be used: {unfit[name]}")
+
+
+def _require_float8(device: torch.device, dtype: str) -> None:
+    if dtype != "bfloat16":
+        raise ConfigError(f"float8 goes with train.dtype bfloat16, and this run's is {dtype}", "train.float8")
+    if device.type == "mps" or (device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)):
+        raise ConfigError("float8 needs a GPU that has it (compute capability 8.9: Ada, Hopper or newer), or a CPU",
+                          "train.float8")
 
 
 def _has_fast_bfloat16(device: torch.device) -> bool:

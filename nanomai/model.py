@@ -20,7 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nanomai import ops, rope
-from nanomai.architecture import ModelConfig
+from nanomai.architecture import ConfigError, ModelConfig
+from nanomai.float8 import STEP
 from nanomai.kernels import parse as parse_kernels
 from nanomai.layers import MLP, NORMS, Linear, Part, RMSNorm
 from nanomai.masks import Mask, block_sparse_mask, training_mask
@@ -128,6 +129,16 @@ class Transformer(Part):
         for part in self.modules():
             if isinstance(part, Part):
                 part.kernels = chosen
+
+    def use_float8(self, ranks: int = 1) -> None:
+        """From now on projections inside blocks are in float8; `ranks` share each. ConfigError where one cannot be."""
+        for name, part in self.blocks.named_modules():
+            if isinstance(part, Linear):
+                m, k = part.weight.shape
+                if m % (step := STEP * ranks) or k % step:
+                    raise ConfigError(f"float8 needs multiples of {step}, and blocks.{name}.weight is {m} x {k}",
+                                      "train.float8")
+                part.float8 = True
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None,
                 reduction: str = "mean", cache=None, last_only: bool = False, hidden: Tensor | None = None) -> Tensor:

@@ -53,6 +53,8 @@ class RunState:
             model = Transformer(self.config.model)
         model.compute_dtype = getattr(torch, train.dtype)
         model.set_kernels(train.kernels)
+        if train.float8:
+            model.use_float8(self.layout.sizes["tensor"])
         parallelize(model, self.layout, self.config.parallel, train.compile == "on")
         allocate(model, self.device)
         if fresh:

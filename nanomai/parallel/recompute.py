@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 aten = torch.ops.aten
 # Ours, by name, since not all are registered everywhere; those of norms, rotations and gates are computed again.
 OURS = {"grouped_products", "grouped_linear", "flash_attention", "linear_cross_entropy"}
-KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
+KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default, aten._scaled_mm.default,
         aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
 
