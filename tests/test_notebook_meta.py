@@ -181,6 +181,17 @@ BUGS = {
         Bug("chunks add up in bfloat16", "ops.py", "d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad",
             "d_weight = torch.zeros_like(weight) if needs_grad", soak=True),
     ],
+    "13_data_parallel_to_fsdp": [
+        Bug("FSDP averages over the ranks", "parallel/fsdp.py",
+            "unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)", soak=True),
+        Bug("a block is not dropped after its forward", "parallel/fsdp.py",
+            '"reshard_after_forward": not keep_gathered', '"reshard_after_forward": keep_gathered', soak=True),
+        Bug("each rank clips by its own norm", "parallel/apply.py", "dist.all_reduce(norm, group=group)", "pass"),
+        Bug("every rank draws the first rows", "parallel/apply.py",
+            "return parameter.to_local(), begin", "return parameter.to_local(), (0,) * parameter.ndim", soak=True),
+        Bug("all ranks read the same part", "parallel/layout.py",
+            "rank = rank * self.sizes[name] + self.grid.get_local_rank(name)", "rank = 0", soak=True),
+    ],
     "22_long_context": [
         Bug("NTK: theta times the factor", "rope.py", "scaling.factor ** (dim / (dim - 2))", "scaling.factor",
             soak=True),
