@@ -181,6 +181,17 @@ BUGS = {
         Bug("chunks add up in bfloat16", "ops.py", "d_weight = torch.zeros_like(weight, dtype=wide) if needs_grad",
             "d_weight = torch.zeros_like(weight) if needs_grad", soak=True),
     ],
+    "12_memory_and_checkpointing": [
+        Bug("kept bytes: one copy of the hidden units is not counted", "planner/counts.py",
+            'copies = {"swiglu": 4, ', 'copies = {"swiglu": 3, ', soak=True),
+        Bug("selective recomputation keeps no products", "parallel/recompute.py",
+            "keep = op in KEPT or (op.namespace", "keep = (op.namespace", soak=True),
+        Bug("full recomputation is left out", "parallel/recompute.py",
+            'if what == "none":', 'if what != "selective":', soak=True),
+        Bug("checksums are not compared", "checkpoint.py", "if _checksum(file) != checksum:", "if False:"),
+        Bug("a damaged checkpoint ends the search", "checkpoint.py",
+            "            complaints.append(str(error))\n", "            return None, [str(error)]\n", soak=True),
+    ],
     "13_data_parallel_to_fsdp": [
         Bug("FSDP averages over the ranks", "parallel/fsdp.py",
             "unit.set_gradient_divide_factor(1.0)", "unit.set_gradient_divide_factor(2.0)", soak=True),
