@@ -453,10 +453,10 @@ class Ranks:
 
 # %% [markdown]
 # The whole schedule, all ranks in step. `keep=True` drops nothing between
-# forward and backward: stage 2, as the package's `keep_gathered` does it. The
-# second half mirrors the first: what was gathered for all ranks gets the sum
-# of their gradients, and each keeps its rows. An all-gather's gradient is a
-# reduce-scatter.
+# forward and backward: stage 2, as the package's `keep_gathered` does it in a
+# step of one micro-batch. The second half mirrors the first: what was gathered
+# for all ranks gets the sum of their gradients, and each keeps its rows. An
+# all-gather's gradient is a reduce-scatter.
 
 # %%
 def sharded_gradients(ranks, pieces):
@@ -672,16 +672,16 @@ print(f"a rank sends {sent / 4 / N:.2f} numbers for each parameter;",
 # %% [markdown]
 # Stage 3 pays with traffic: an all-reduce is one gather and one scatter, here
 # the blocks are gathered twice. For $W$ ranks and a root that is small it
-# sends $3\,(W-1)/W$ numbers a parameter instead of $2\,(W-1)/W$. In exchange
-# it can hide it: while one block computes, the next is being gathered.
+# sends $3\,(W-1)/W$ numbers a parameter instead of $2\,(W-1)/W$. Much
+# of it is hidden: while one block computes, the next is being gathered.
 #
 # ## 7 At 500B
 #
 # `mai-1-dense` is this project's own proposal of a dense model of the size
 # that was reported for MAI-1, about 500 billion parameters; nothing of its
-# architecture was. What would one of 1,024 ranks hold of it, by data alone, without
-# any other way of splitting? The planner says it for copies and for FSDP; the
-# stages between follow from section 5, with whole weights in bfloat16.
+# architecture was. What would one of 1,024 ranks hold of it, without any other
+# way of splitting? The planner says it for copies and for FSDP; the stages
+# between follow from section 5, with gathered weights in bfloat16.
 
 # %%
 big = nanomai.load_config("mai-1-dense")
