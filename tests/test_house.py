@@ -277,7 +277,7 @@ FAULTS = [
     (too_long, {"../triton_kernels/a.py": "x = 1\n" * 301}, "triton_kernels/a.py: 301 lines; 300 are allowed"),
     (too_long, {"model.py": "x = 1\n" * 401}, "nanomai/model.py: 401 lines; 400 are allowed"),
     (too_long, {"ops.py": LONG_FUNCTION}, "nanomai/ops.py:1: _f has 41 lines; 40 are allowed"),
-    (too_long, {f"post/{i}.py": "x = 1\n" * 250 for i in range(26)}, "nanomai has 6500 lines of code"),
+    (too_long, {f"post/{i}.py": "x = 1\n" * 250 for i in range(27)}, "nanomai has 6750 lines of code"),
     (undocumented, {"ops.py": "def f():\n    pass"}, "nanomai/ops.py:1: f has no docstring"),
     (undocumented, {"../triton_kernels/a.py": "def f():\n    pass"}, "triton_kernels/a.py:1: f has no docstring"),
     (undocumented, {"ops.py": "class C:\n    x = 1"}, "nanomai/ops.py:1: C has no docstring"),
