@@ -20,7 +20,6 @@
 import tempfile
 from dataclasses import replace
 from itertools import zip_longest
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import torch
@@ -33,7 +32,6 @@ from nanomai import moe, ops
 from nanomai.architecture import MoEConfig
 from nanomai.config import ModelConfig, ParallelConfig
 from nanomai.exercises import sharing, sharing_ranks
-from nanomai.parallel.context import SharedSequence, own_positions
 from nanomai.parallel.launch import launch
 from nanomai.parallel.pipeline import share_layers
 from nanomai.planner import DEVICES
@@ -614,8 +612,6 @@ print(f"last over first: {in_order[-1] / in_order[0]:.1f} in order,",
 assert in_order[-1] > 14 * in_order[0] and len(set(mirrored)) == 1
 assert all(abs(n / mean - (2 * r + 1) / 8) < 0.01
            for r, n in enumerate(in_order))
-assert all(torch.equal(own_positions(T, r, 8), zigzag(T, 8, r))
-           for r in ranks)
 
 # %% [markdown]
 # About fifteen times. In zigzag, a piece and its mirror image, all work equally.
@@ -642,20 +638,18 @@ print("equal to plain attention, with the gradients of q, k and v")
 # %% [markdown]
 # In `nanomai/parallel/context.py` the model learns nothing of this. It already
 # knows a *cache* (`07_sampling_kv_cache`): something that is given new keys
-# and values and returns these behind those of the past. `SharedSequence`
+# and values and returns these behind those of the past. Here something else
 # plays that part: other ranks' keys stand where the past would, the last of
 # its positions turn this rank's queries and keys (RoPE), and its mask says who
-# may look at whom.
+# may look at whom. The two processes kept what their first blocks were given.
 
 # %%
 for r in range(R):
-    group = SimpleNamespace(size=lambda: R, rank=lambda r=r: r)
-    cache = SharedSequence(ids, None, group)
-    keys = cache.key_positions(8)  # of all; the last 8 are its own
-    assert torch.equal(keys[-8:], own[r])
-    mask = cache.mask(keys[-8:], keys, None)
-    assert torch.equal(mask, own[r][:, None] >= keys)
+    keys, mask = found["context"][r]["keys"]
     print(f"rank {r} sees keys of", *keys.tolist())
+    assert torch.equal(keys[-8:], own[r])  # the last are its own
+    assert torch.equal(keys.sort().values, torch.arange(16))
+    assert torch.equal(mask, own[r][:, None] >= keys)
 compare("context")
 counts = found["context"][0]["collectives"]
 print("gathers of keys and values in a layer:",
@@ -844,8 +838,8 @@ sharing.check_choose_mesh(choose_mesh)
 #
 # **What real systems do differently.** They hide collectives behind products
 # by cutting both in pieces, split the backward in two to fill the bubble
-# (zero bubble, DualPipe), send tokens to few machines, and pass keys around a
-# ring when all of them do not fit.
+# (zero bubble, DualPipe), send tokens to few machines, and share a sequence by
+# heads (Ulysses) or pass keys around a ring when all of them do not fit.
 #
 # **Read on.** [`tensor.py`](../nanomai/parallel/tensor.py),
 # [`pipeline.py`](../nanomai/parallel/pipeline.py),
@@ -857,7 +851,8 @@ sharing.check_choose_mesh(choose_mesh)
 # [1811.06965](https://arxiv.org/abs/1811.06965), 1F1B and interleaving
 # [2104.04473](https://arxiv.org/abs/2104.04473), GShard
 # [2006.16668](https://arxiv.org/abs/2006.16668), ring attention
-# [2310.01889](https://arxiv.org/abs/2310.01889), Llama 3
+# [2310.01889](https://arxiv.org/abs/2310.01889), Ulysses
+# [2309.14509](https://arxiv.org/abs/2309.14509), Llama 3
 # [2407.21783](https://arxiv.org/abs/2407.21783).
 #
 # **Next:** `15_planning_a_500b_run` puts all of this on a bill.
