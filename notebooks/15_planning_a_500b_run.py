@@ -528,8 +528,8 @@ for found in best[::2]:  # 1,024, 4,096 and 16,384 GPUs
     young = math.sqrt(2 * C * M)
     goodputs.append(1 - lost(young, M))
     every = configs["mai-1-dense"].train.checkpoint_every
-    print(f"{found.gpus:6,} GPUs: save every {young:3.0f} minutes =",
-          f"{young / step:4.0f} steps, goodput {goodputs[-1]:.0%};",
+    print(f"{found.gpus:6,} GPUs: every {young:2.0f} minutes =",
+          f"{young / step:3.0f} steps, goodput {goodputs[-1]:.0%};",
           f"every {every} steps {1 - lost(every * step, M):.0%}")
 assert goodputs == sorted(goodputs, reverse=True)
 assert goodputs[-1] - 0.1 < assumed.goodput < goodputs[0]

@@ -219,7 +219,8 @@ BUGS = {
     "15_planning_a_500b_run": [
         Bug("attention is counted without its mask", "architecture.py",
             "6 * matmul + 3 * self.n_layers", "6 * matmul + 6 * self.n_layers"),
-        Bug("AdamW has one moment", "planner/counts.py", "state = 8 * held", "state = 4 * held", soak=True),
+        Bug("weights are kept in two bytes", "planner/counts.py",
+            '"weights": 4 * held', '"weights": 2 * held', soak=True),
         Bug("a pipeline waits for one stage too many", "planner/plan.py",
             'busy * (s["pipeline"] - 1)', 'busy * s["pipeline"]', soak=True),
         Bug("MFU counts what is computed twice", "planner/plan.py",
