@@ -243,12 +243,12 @@ print(f"equal, gradients too; a rank sends 2 numbers a token, not {130 // R}")
 # %% [markdown]
 # ## 3 Two real processes
 #
-# Now the package's own code, by `launch` from `nanomai/parallel/launch.py`:
-# it spawns processes that meet over gloo, and ends them if they hang (here
-# after 100 seconds). A fresh process cannot see the cells of a notebook, so what it runs is a function
-# of a module, `nanomai/exercises/sharing_ranks.py`. Starting takes
-# seconds; so the same two processes compute all layouts of this notebook, one
-# step each, and later sections open their results.
+# Now the package's own code, by `launch` from `nanomai/parallel/launch.py`: it
+# spawns processes that meet over gloo, and ends them if they hang (here after
+# 100 seconds). A fresh process cannot see the cells of a notebook, so what it
+# runs is a function of a module, `nanomai/exercises/sharing_ranks.py`.
+# Starting takes seconds; so the same two processes compute all layouts of this
+# notebook, one step each, and later sections open their results.
 
 # %%
 experts = replace(config, moe=MoEConfig(n_experts=4, experts_per_token=2,
@@ -302,9 +302,9 @@ assert counts["all_reduce"] == 2 * 4 + 1
 
 # %% [markdown]
 # Eight: attention and MLP each gather and scatter forwards, and each has its
-# mirror image backwards. Nine gains, two a block and the last norm's, are summed,
-# as the second bug above forgot. Eight times in each block all ranks wait
-# for one another: that is why this axis stays inside a machine.
+# mirror image backwards. Nine gains, two a block and the last norm's, are
+# summed, as the second bug above forgot. Eight times in each block all ranks
+# wait for one another: that is why this axis stays inside a machine.
 #
 # ## 4 Pipeline: who waits for whom
 #
@@ -614,9 +614,9 @@ assert all(abs(n / mean - (2 * r + 1) / 8) < 0.01
            for r, n in enumerate(in_order))
 
 # %% [markdown]
-# About fifteen times. In zigzag, a piece and its mirror image, all work equally.
-# Now the attention: own queries, all keys in whatever order the ranks bring
-# them, and a mask that compares *positions*, not places.
+# About fifteen times. In zigzag, a piece and its mirror image, all work
+# equally. Now the attention: own queries, all keys in whatever order the ranks
+# bring them, and a mask that compares *positions*, not places.
 
 # %%
 q, k, v = (randn(2, 4, 16, 8) for _ in range(3))  # (B, H, T, K)
