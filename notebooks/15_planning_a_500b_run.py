@@ -427,7 +427,8 @@ for (i, j), mark in marks.items():
     ax.text(j, i, mark, ha="center", va="center", fontsize=9,
             weight="bold" if "days" in mark else "normal")
 ax.set(xticks=range(5), xticklabels=pipelines, yticks=range(4),
-       yticklabels=tensors, xlabel="pipeline (ranks)", ylabel="tensor (ranks)")
+       yticklabels=tensors, xlabel="pipeline (ranks)",
+       ylabel="tensor (ranks)")
 ax.grid(False)
 plt.show()
 refused = [place for place, mark in marks.items() if "refused" in mark]
