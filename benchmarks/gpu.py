@@ -1,4 +1,5 @@
-"""`make gpu`: on a machine with a CUDA GPU, one command that tests every kernel, measures it, and measures training.
+"""`make gpu`: on a machine with a CUDA GPU, one command that tests every kernel, measures it, and measures training,
+FSDP2, float8 and memory beside what was foretold.
 
     python3 benchmarks/gpu.py       # offline, from a checkout, nothing installed but torch, triton and pytest
 
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = {"tests": 180, "kernels": 240, "train_step": 150}
+SECONDS = {"tests": 140, "kernels": 190, "train_step": 120, "scale_gpu": 130}
 # The file's own options name plugins that need not be here; its markers stay.
 PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-m", "gpu"]
 PROCESSES = 8  # a GPU has room for that many small tests, and compiling wants cores
@@ -90,7 +91,7 @@ def test(results: Path, deadline: float) -> list[str]:
 
 
 def main() -> int:
-    """The three parts, each whatever became of the others."""
+    """The four parts, each whatever became of the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=sum(SECONDS.values()), help="for all parts together")
     share = parser.parse_args().seconds / sum(SECONDS.values())
@@ -103,7 +104,7 @@ def main() -> int:
     results.mkdir(exist_ok=True)
     began, date = time.monotonic(), time.time() - 1  # files have a coarser clock
     failed = test(results, began + share * SECONDS["tests"])
-    for part in ("kernels", "train_step"):
+    for part in ("kernels", "train_step", "scale_gpu"):
         status = subprocess.run([sys.executable, f"benchmarks/{part}.py", "--device", "cuda", "--seconds",
                                  str(share * SECONDS[part])], cwd=ROOT, env=environment()).returncode
         failed += [f"{part}: see its list above"] * (status != 0)

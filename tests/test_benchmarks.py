@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, kernel_cases, kernel_report, kernels, train_gpu, train_step
+from benchmarks import gpu, kernel_cases, kernel_report, kernels, scale_gpu, train_gpu, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +72,21 @@ def test_training_on_a_gpu_but_for_the_gpu(tmp_path, monkeypatch):
     assert "| tiny | causal |" in text and "without document ids" in text
     assert train_gpu.run("", [""], 0, tmp_path, "cpu") == 1
     assert (tmp_path / "train_step-gpu.md").exists()  # all of the runs, and none of them said what it ran on
+
+
+SMALL = {"train.micro_batch": 2, "train.sequence_length": 32, "model.n_layers": 1, "model.d_model": 32,
+         "model.n_heads": 2, "model.n_kv_heads": 1, "model.head_dim": 16, "model.d_ff": 64, "model.vocab_size": 64}
+
+
+def test_scale_on_a_gpu_but_for_the_gpu(tmp_path):
+    variants = {name: scale_gpu.VARIANTS[name] for name in ("plain", "FSDP2, float8")}
+    assert scale_gpu.run("cpu", 100, tmp_path, {"tiny": SMALL}, ("tiny",), variants) == 0
+    rows = json.loads((tmp_path / "scale-cpu.json").read_text())
+    assert rows["speed"]["tiny"].keys() == variants.keys() and rows["memory"]["tiny"]["seconds"] > 0
+    row = rows["memory"]["tiny"] | {"peak": rows["memory"]["tiny"]["plan"]}  # as CUDA would count it
+    assert "(+0.0%)" in scale_gpu.memory_line("tiny", row)
+    assert scale_gpu.run("cpu", 0, tmp_path, {"tiny": SMALL}, ("tiny",), variants) == 1
+    assert (tmp_path / "scale-gpu.md").read_text().count("no time left") == 3
 
 
 def test_shapes_that_nobody_has(monkeypatch, capsys):
@@ -175,12 +190,12 @@ def test_the_whole_of_it_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: calls.append(command) or
                         subprocess.CompletedProcess(command, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--seconds", "57"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--seconds", "58"])
     assert gpu.main() == 0
-    assert [command[-1] for command in calls] == ["24.0", "15.0"]
+    assert [command[-1] for command in calls] == ["19.0", "12.0", "13.0"]
     assert "in benchmarks/results/gpu-tests.txt; all well" in capsys.readouterr().out
     for options in (["--help"], ["--nonsense"]):
         monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
         with pytest.raises(SystemExit):
             gpu.main()
-    assert len(calls) == 2
+    assert len(calls) == 3
