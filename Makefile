@@ -42,7 +42,7 @@ kernels: $(READY) ## run the tests of the Triton kernels on the oldest Triton th
 	$(ONE) PYTHONPATH=$(CURDIR)/.venv/triton-$(TRITON) $(PY) -m pytest -n $(JOBS) --dist loadfile tests/test_triton_*.py
 
 soak: $(READY) ## run the long versions of the fault tests
-	$(ONE) $(PY) -m pytest -m soak tests $(ARGS)
+	$(ONE) $(PY) -m pytest -m soak $(or $(ARGS),tests)
 
 lab: $(READY) ## open JupyterLab on the notebooks (as root, in a container: ARGS=--allow-root)
 	$(PY) -m jupyterlab notebooks $(ARGS)
