@@ -90,12 +90,17 @@ def _orthogonalize_all(directions: list[Tensor], quintics: tuple) -> list[Tensor
             x = x.chunk(group.size())[group.rank()]
             continue
         lengths.append(x.shape[dim])
-        missing = length - x.shape[dim]
-        x = swap(F.pad(x, (0, 0, 0, missing) if dim == 1 else (0, missing)), 0, dim, group)
+        x = swap(_filled_up(x, dim, length), 0, dim, group)
     x = orthogonalize(x, quintics)
     for group, dim, _ in reversed(sharing):
-        x = gathered(x, 0, group) if dim is None else swap(x, dim, 0, group).narrow(dim, 0, lengths.pop())
+        x = gathered(x, 0, group) if dim is None else _filled_up(swap(x, dim, 0, group), dim, lengths.pop())
     return list(x[:n_matrices].view(shape).unbind())
+
+
+def _filled_up(x: Tensor, dim: int, length: int) -> Tensor:
+    """(N, m, n) with zeros after what it has of `dim`, up to `length`, or without those that were filled in before."""
+    missing = length - x.shape[dim]
+    return F.pad(x, (0, 0, 0, missing) if dim == 1 else (0, missing))
 
 
 def _sharing(parameter: Tensor) -> list[tuple[dist.ProcessGroup, int | None, int]]:
@@ -133,11 +138,11 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape = defaultdict(list)
+            alike = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape].append(p)
-            for shape, parameters in by_shape.items():
+                    alike[p.shape, getattr(p, "placements", None)].append(p)  # a square one may be cut either way
+            for (shape, _), parameters in alike.items():
                 directions = [self._nesterov(p, group["momentum"]).to(self.dtype or p.dtype) for p in parameters]
                 updates = _orthogonalize_all(directions, THREE_GRADED if len(shape) > 2 else FIVE_ALIKE)
                 scale = 0.2 * math.sqrt(max(shape[-2:]))

@@ -25,11 +25,12 @@ from nanomai.parallel.mesh import Mesh, RankFailed
 from nanomai.parallel.pipeline import share_layers
 from nanomai.sampling import KVCache
 
-MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24, vocab_size=130,
+# wq and wo have one shape and are cut in two ways; 18 rows cut in two are 9, which two again share unevenly.
+MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=18, vocab_size=130,
                     context_length=8, tied_embeddings=False)
 # Six experts are shared out unevenly to four. Without losses of the router: they are means over one rank's tokens.
 EXPERTS = dataclasses.replace(MODEL, n_layers=3, moe=MoEConfig(
-    n_experts=6, experts_per_token=2, d_expert=24, n_shared_experts=1, n_dense_layers=1, router="sigmoid",
+    n_experts=6, experts_per_token=2, d_expert=32, n_shared_experts=1, n_dense_layers=1, router="sigmoid",
     bias_speed=0.01))
 # Fewer than four, so each is cut inside.
 FEW = dataclasses.replace(EXPERTS, moe=dataclasses.replace(EXPERTS.moe, n_experts=2))
