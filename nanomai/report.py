@@ -53,7 +53,8 @@ class Report:
         self.say(f"{config.name}: {model.n_parameters:,} parameters, {model.n_layers} layers of {model.d_model}, "
                  f"{model.flops_per_token(config.sequence_length) / 1e6:.1f} MFLOP a token")
         self.say(f"on {machine}; matrix products reach {peak / 1e9:,.0f} GFLOP/s")
-        self.say(f"dtype {train.dtype}, compile {train.compile}, kernels {train.kernels}, threads {train.threads}, "
+        dtype = f"{train.dtype}, projections float8" if train.float8 else train.dtype
+        self.say(f"dtype {dtype}, compile {train.compile}, kernels {train.kernels}, threads {train.threads}, "
                  f"micro_batch {train.micro_batch}")
         self.say(f"writing to {folder}\n")
 
