@@ -125,7 +125,7 @@ def being_written():
 
 
 def kill_and_resume(kills, seed, steps=STEPS):
-    """Four ranks by one command line, started again only where its launcher was killed; every checkpoint is as if nothing was."""
+    """Four ranks, started again only where their launcher was killed; every checkpoint is as if nothing was."""
     draw, size = random.Random(seed), ["--train.steps", str(steps)]
     with Job(4, "--train.run-dir", "unbroken", *KEEP_ALL, *size) as job:
         assert job.ended() == 0, job.output

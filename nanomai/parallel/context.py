@@ -2,9 +2,10 @@
 
 All of a block works on single positions but attention, which sees the past. For that, ranks can gather the keys and
 values of all (`keys`), as Llama 3 does (arXiv 2407.21783, 3.3.2): with few key-value heads they are small beside the
-activations. Or each gets some heads of all positions for its positions of all heads, and changes back afterwards
-(`heads`; Ulysses, arXiv 2309.14509): attention is then that of one rank, kernels and all, and there must be heads
-enough. To the model either looks like a cache. R is the number of ranks; other letters as in `model.py`.
+activations. Their mask is then a matrix, and what it hides is computed too. Or each gets some heads of all positions
+for its positions of all heads, and changes back afterwards (`heads`; Ulysses, arXiv 2309.14509): attention is that of
+one rank, kernels and all, and there must be heads enough. To the model either looks like a cache. R is the number of
+ranks; other letters as in `model.py`.
 """
 
 from __future__ import annotations
