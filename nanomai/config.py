@@ -250,10 +250,10 @@ class Config:
         if t > self.model.context_length and self.model.position == "learned":
             raise ConfigError(f"sequence_length {t} is longer than context_length {self.model.context_length}, "
                               "and learned positions end there", "train.sequence_length")
-        pieces = self.parallel.context * (2 if self.parallel.context_by == "keys" else 1)
-        if t % pieces and self.parallel.context > 1:
-            raise ConfigError(f"context {self.parallel.context} cuts sequences into {pieces} pieces, and {t} tokens "
-                              "cannot be cut so", "parallel.context")
+        p, twice = self.parallel, 2 if self.parallel.context_by == "keys" and self.parallel.context > 1 else 1
+        for axis, pieces in (("context", p.context * twice), ("tensor", p.context * p.tensor)):
+            if t % pieces:
+                raise ConfigError(f"{axis} needs sequences of n times {pieces} tokens, not {t}", f"parallel.{axis}")
         for tokens in _values(self.train.batch_tokens):
             if tokens % t:
                 near = max(1, round(tokens / t)) * t

@@ -451,12 +451,39 @@ def test_heads_that_cannot_be_changed_for_positions_are_refused(changes, size, t
     context.check(config, size, "keys", tensor)
 
 
-def test_sequences_that_cannot_be_cut_are_refused():
-    halves = Config(model=MODEL, train=TrainConfig(sequence_length=6, batch_tokens=6),
-                    parallel=ParallelConfig(context=3, context_by="heads"))
-    with pytest.raises(ConfigError, match=r"^context 3 cuts sequences into 6 pieces, and 9 tokens cannot be cut so$"):
-        dataclasses.replace(halves, train=TrainConfig(sequence_length=9, batch_tokens=9),
-                            parallel=ParallelConfig(context=3))
+@pytest.mark.parametrize("settings, length, line", [
+    ({"context": 3}, 9, "context needs sequences of n times 6 tokens, not 9"),
+    ({"context": 3, "context_by": "heads"}, 8, "context needs sequences of n times 3 tokens, not 8"),
+    ({"tensor": 2}, 9, "tensor needs sequences of n times 2 tokens, not 9"),
+    ({"tensor": 2, "context": 3, "context_by": "heads"}, 9, "tensor needs sequences of n times 6 tokens, not 9")])
+def test_sequences_that_cannot_be_cut_are_refused(settings, length, line):
+    def given(length):
+        return Config(model=MODEL, train=TrainConfig(sequence_length=length, batch_tokens=length),
+                      parallel=ParallelConfig(**settings))
+
+    assert given(6)
+    with pytest.raises(ConfigError) as error:
+        given(length)
+    assert str(error.value) == line and error.value.field == f"parallel.{line.split()[0]}"
+
+
+def trains_on_an_odd_length(rank):
+    with process_group() as mesh:
+        layout = grid(mesh, ParallelConfig(tensor=2))
+        with torch.device("meta"):
+            model = Transformer(MODEL)
+        allocate(parallelize(model, layout, ParallelConfig(tensor=2)), torch.device("cpu"))
+        init_weights(model, 7, share)
+        ids = batch(0)[0][:, :7]
+        with pytest.raises(ValueError, match=r"2 ranks train on equal parts of a sequence, and 7 tokens cannot"):
+            model(ids, ids, reduction="sum")
+        with torch.no_grad():
+            assert model(ids, ids, reduction="sum").isfinite()
+
+
+def test_ranks_that_share_products_train_on_equal_parts():
+    """Each rank would have all positions of the norms, and the sum over ranks twice their gradient."""
+    launch(trains_on_an_odd_length, 2)
 
 
 @pytest.mark.parametrize("settings, field", [({"replicas": 0}, "replicas"), ({"fsdp": -1}, "fsdp")])

@@ -248,7 +248,7 @@ def test_500b_fits_with_a_tenth_to_spare(name, gpus):
     ("plan nano --gpus -4", "gpus -4 must be at least 1"),
     ("plan nano --price -1", "price -1.0 must not be negative"),
     ("plan nano --gpus 3", "a batch of 16 sequences cannot be shared by 3 ranks"),
-    ("plan nano --gpus 4 --parallel.tensor 3", "parallel tensor 3 divides no 4 ranks"),
+    ("plan nano --gpus 4 --parallel.tensor 8", "parallel tensor 8 divides no 4 ranks"),
     ("plan llama-3-8b --gpus 16 --parallel.tensor 16", "parallel tensor 16 cannot share n_kv_heads 8"),
     ("plan llama-3-8b --gpus 8 --parallel.expert 8", "parallel expert 8 needs a model with experts"),
     ("plan gpt2-124m --gpus 4 --parallel.pipeline 4", "parallel pipeline needs tied_embeddings false"),

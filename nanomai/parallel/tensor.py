@@ -109,7 +109,11 @@ class _Sequence:
 
     def begin(self, model, inputs, options) -> None:
         """Sampling goes on by one position: there is nothing to split, and of a prompt it wants the last one."""
-        self.split = not options.get("last_only") and inputs[0].shape[1] % self.size == 0
+        t, is_training = inputs[0].shape[1], torch.is_grad_enabled() and len(inputs) > 1 and inputs[1] is not None
+        self.split = not options.get("last_only") and t % self.size == 0
+        if is_training and not self.split:  # norms would see all positions on every rank, and their gradients be summed
+            raise ValueError(f"under tensor parallel {self.size} ranks train on equal parts of a sequence, and {t} "
+                             "tokens cannot be cut so")
 
     def embed(self, embed: nn.Embedding, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T / R, D). Each rank looks up what lies in its part of the vocabulary."""
