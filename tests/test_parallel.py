@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,27 +146,35 @@ def test_sharded_training_is_training(world_size, tmp_path):
                     assert_same(found, expected, f"{case}, {model}, {optimizer}")
 
 
-COMPILED = {"tensor": MODEL, "expert": EXPERTS, "context": EXPERTS}
-COMPILED = {axis: dataclasses.replace(config, n_layers=10) for axis, config in COMPILED.items()}  # above dynamo's limit
-AGAIN = ParallelConfig(recompute="full")
+DENSE_10, EXPERTS_10 = (dataclasses.replace(config, n_layers=10) for config in (MODEL, EXPERTS))  # dynamo's limit is 8
+COMPILED = {"tensor, full": DENSE_10, "context, full": DENSE_10, "context by heads, none": DENSE_10,
+            "expert, full": EXPERTS_10, "expert, none": EXPERTS_10}
 
 
 def on_each_rank_compiled(rank, folder):
-    plain = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda self, **options: plain(self, backend="aot_eager", **options)  # Inductor takes long
+    plain = torch.compile
+    torch.compile = lambda *given, **options: plain(*given, backend="aot_eager", **options)  # Inductor takes long
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     with process_group() as mesh:
-        for axis, config in COMPILED.items():
-            found = train_few(mesh, config, dataclasses.replace(AGAIN, **{axis: 2}), compiled=True)
-            torch.save(found, folder / f"{axis}-{rank}.pt")
+        for case, config in COMPILED.items():
+            torch._dynamo.reset()
+            axis, recompute = case.split(", ")
+            by_heads = {"context_by": "heads"} if axis.endswith("heads") else {}
+            parallel = ParallelConfig(recompute=recompute, **{axis.split()[0]: 2}, **by_heads)
+            counters.clear()
+            found = train_few(mesh, config, parallel, compiled=True)
+            least = 5 if axis == "expert" else 2  # the loss, and the layers of each kind, before experts and after
+            assert least <= counters["stats"]["unique_graphs"] <= 8, (case, counters)
+            torch.save(found, folder / f"{case}-{rank}.pt")
 
 
 def test_layers_that_are_compiled_share_one_graph(tmp_path):
-    """Compiled per layer, they would be refused: a graph in which something breaks off, or is made too often, is."""
+    """Compiled per layer, or for each number of tokens that come for experts, they would be more than dynamo allows."""
     launch(on_each_rank_compiled, 2, tmp_path, timeout_s=500)
-    for axis, config in COMPILED.items():
-        expected = train_few(Mesh(), config, AGAIN)
+    expected = {config: train_few(Mesh(), config, ParallelConfig()) for config in (DENSE_10, EXPERTS_10)}
+    for case, config in COMPILED.items():
         for rank in range(2):
-            assert_same(torch.load(tmp_path / f"{axis}-{rank}.pt"), expected, f"{axis}, compiled")
+            assert_same(torch.load(tmp_path / f"{case}-{rank}.pt"), expected[config], f"{case}, compiled")
 
 
 PIPELINES = {
@@ -281,7 +290,7 @@ def test_batches_that_a_pipeline_cannot_take_are_refused(rows, micro_batch, stag
 
 def assert_same(found: dict, expected: dict, where: str) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), where
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
+    assert found["norms"] == pytest.approx(expected["norms"], rel=3e-4), where
     assert found["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-5), where
     assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-4), where
     torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-3, atol=1e-3, msg=f"logits of {where}")

@@ -42,10 +42,11 @@ def _transform(model: nn.Module, layout: Layout, parallel: ParallelConfig, compi
         expert.share_experts(model, layout.sparse["expert", "tensor"] if cuts_each else ranks)
     if (ranks := layout.axis("tensor")) is not None:
         tensor.share_products(model, ranks)
-    recompute(model, parallel.recompute)
+    in_one = layout.axis("expert") is None  # else the host asks how many tokens come for experts here
+    inside = compile_blocks and not in_one and parallel.recompute != "none"  # dynamo compiles nothing around a break
+    recompute(model, parallel.recompute, inside)
     if compile_blocks:
-        in_one = layout.axis("expert") is None  # the host asks how many tokens come for experts here
-        for module in (*model.blocks.values(), model.loss):  # one graph serves every layer, however many there are
+        for module in (*(() if inside else model.blocks.values()), model.loss):  # one graph serves every layer
             module.compile(fullgraph=in_one, dynamic=False)
     if layout.grid is not None:
         # between the micro-batches of a pipeline nothing is summed, and so nothing need be gathered again

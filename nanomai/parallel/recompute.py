@@ -22,21 +22,27 @@ KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.
         aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
 
 
-def recompute(model: nn.Module, what: str) -> None:
-    """Lays `what` (none, selective, full) over every block."""
+def recompute(model: nn.Module, what: str, compile_inside: bool = False) -> None:
+    """Lays `what` (none, selective, full) over every block; `compile_inside` it, where a block is more than a graph."""
     if what == "none":
         return
     options = {}
     if what == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+    forward = torch.compile(_forward, dynamic=False) if compile_inside else _forward
     for block in model.blocks.values():
-        block.recomputes = options
+        block.recomputes = forward, options
         block.forward = types.MethodType(_recomputed, block)
 
 
 def _recomputed(block: nn.Module, *inputs):
     """A frame of our own with the block as an argument: compiled, one graph serves every layer."""
-    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, **block.recomputes)
+    forward, options = block.recomputes
+    return checkpoint(forward, block, *inputs, use_reentrant=False, **options)
+
+
+def _forward(block: nn.Module, *inputs):
+    return type(block).forward(block, *inputs)
 
 
 def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
