@@ -120,7 +120,7 @@ def load_run(name: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
 
 def load_weights(model: Transformer, folder: Path, mesh: Mesh | None = None) -> Path:
     """Reads the weights of a run's newest good checkpoint into `model`; returns the checkpoint."""
-    path, complaints = checkpoint.newest(folder / "checkpoints")
+    path, complaints = (mesh or Mesh()).from_main(lambda: checkpoint.newest(folder / "checkpoints"))
     if path is None:
         raise RunError(f"{folder} has no usable checkpoint" + "".join(f"; {line}" for line in complaints))
     checkpoint.load(path, model_state(model), mesh)

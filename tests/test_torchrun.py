@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_run import curve, environment, nanomai, rows, tiny, write_tiny
 
-from nanomai import data, load_run, trainer
+from nanomai import checkpoint, data, load_run, trainer
 from nanomai.parallel.launch import launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nanomai"]
@@ -148,6 +148,20 @@ def test_a_run_is_the_same_however_it_is_laid_out(here, capfd):
         ours, theirs = (load_run(run).model.state_dict() for run in (name, one))
         for parameter, tensor in theirs.items():
             torch.testing.assert_close(ours[parameter], tensor, rtol=1e-3, atol=1e-5)
+
+
+def _begin_from(rank):
+    """What rank 0 has read through and found good, the others believe."""
+    verify, read = checkpoint.verify, []
+    checkpoint.verify = lambda path: read.append(path) or verify(path)
+    trainer.train(tiny(train__run_dir="after", train__init_from="before", train__steps=1, train__batch_tokens=64),
+                  show=False)
+    assert any("before" in path.parts for path in read) == (rank == 0), read
+
+
+def test_a_checkpoint_is_read_through_by_one_rank(here):
+    trainer.train(tiny(train__run_dir="before", train__steps=1), show=False)
+    launch(_begin_from, 2)
 
 
 def _train_on(rank, steps, settings):
