@@ -24,7 +24,7 @@ from nanomai.evaluation import Evaluation, compressed_bits_per_byte, evaluate, v
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import learning_rate, piecewise, set_learning_rate
-from nanomai.parallel import fsdp, pipeline
+from nanomai.parallel import fsdp, limits
 from nanomai.parallel.apply import clip_gradients
 from nanomai.parallel.launch import StopSignal, process_group
 from nanomai.parallel.layout import lay_out
@@ -105,7 +105,7 @@ class Trainer:
         self.loader.require(self.state.samples + sum(self._batch_samples()))
         list(rank_spans(0, set(self._batch_samples()), 0, self.layout.data_size))  # DataError if they can't share one
         for samples in set(self._batch_samples()):
-            pipeline.check_batch(config, samples // self.layout.data_size)
+            limits.check_batch(config, samples // self.layout.data_size)
         mesh.from_main(self._accept)
         self.metrics = runs.Metrics(self.folder / "metrics.jsonl", self.state.steps_done) if mesh.is_main else None
         self.val: Evaluation | None = None

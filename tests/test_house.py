@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "parallel.expert": "config grouped moe",
     "parallel.tensor": "config ops",
     "checkpoint": "config files parallel",  # saving is collective: it needs to know who the main rank is
-    "planner": "config machine",  # to measure this one, where a plan is for it
+    "planner": "config machine parallel",  # machine to measure this one, where a plan is for it
     "machine": "config kernels optim",  # the batch of a step, which may be piecewise, sets the micro-batch
     "guard": "",
     "show": "",
@@ -81,6 +81,7 @@ MAY_NEED = {
     "options": "",
     "planner": "",
     "planner.devices": "torch",
+    "parallel.limits": "",  # so that a plan takes no longer than its arithmetic
     "kernels": "",
     "triton_kernels": "torch triton",
     "triton_kernels.interpreter": "torch triton numpy",  # the interpreter computes in numpy

@@ -9,7 +9,7 @@ import torch
 from nanomai import machine
 from nanomai.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig
 from nanomai.machine import describe, matmul_peak, pick_device, prepare_process, resolve, usable_cores
-from nanomai.parallel.pipeline import check_batch
+from nanomai.parallel.limits import check_batch
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 

@@ -18,12 +18,12 @@ from nanomai.model import Transformer, build_model, init_weights
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.ops import IGNORE
 from nanomai.optim import build_optimizers, named_state, set_learning_rate
-from nanomai.parallel import context, fsdp, pipeline
+from nanomai.parallel import fsdp, limits
 from nanomai.parallel.apply import allocate, clip_gradients, parallelize, share
 from nanomai.parallel.launch import launch, process_group
 from nanomai.parallel.layout import Layout, factors, lay_out
+from nanomai.parallel.limits import share_layers
 from nanomai.parallel.mesh import Mesh, RankFailed
-from nanomai.parallel.pipeline import share_layers
 from nanomai.sampling import KVCache
 
 # wq and wo have one shape and are cut in two ways; 18 rows cut in two are 9, which two again share unevenly.
@@ -264,7 +264,7 @@ DRAWING = MoEConfig(n_experts=4, experts_per_token=2, d_expert=24, router="spars
                        "to the next")])
 def test_a_model_that_cannot_be_cut_is_refused(changes, line):
     with pytest.raises(ConfigError) as error:
-        pipeline.check(dataclasses.replace(MODEL, **({"n_layers": 4} | changes)), 4)
+        limits.check_pipeline(dataclasses.replace(MODEL, **({"n_layers": 4} | changes)), 4)
     assert str(error.value) == line and error.value.field == "parallel.pipeline"
 
 
@@ -282,9 +282,9 @@ def test_batches_that_a_pipeline_cannot_take_are_refused(rows, micro_batch, stag
     config = Config(train=TrainConfig(micro_batch=micro_batch),
                     parallel=ParallelConfig(pipeline=2, stages_per_rank=stages_per_rank))
     if trouble is None:
-        return pipeline.check_batch(config, rows)
+        return limits.check_batch(config, rows)
     with pytest.raises(ConfigError) as error:
-        pipeline.check_batch(config, rows)
+        limits.check_batch(config, rows)
     assert str(error.value) == f"micro_batch {trouble}" and error.value.field == "train.micro_batch"
 
 
@@ -455,9 +455,9 @@ def test_selective_recomputation_is_not_for_experts_elsewhere():
 def test_heads_that_cannot_be_changed_for_positions_are_refused(changes, size, tensor, line, field):
     config = dataclasses.replace(MODEL, **changes)
     with pytest.raises(ConfigError) as error:
-        context.check(config, size, "heads", tensor)
+        limits.check_context(config, size, "heads", tensor)
     assert str(error.value) == line and error.value.field == f"parallel.{field}"
-    context.check(config, size, "keys", tensor)
+    limits.check_context(config, size, "keys", tensor)
 
 
 @pytest.mark.parametrize("settings, length, line", [

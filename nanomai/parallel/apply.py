@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from nanomai.config import ParallelConfig
 from nanomai.parallel import context, expert, fsdp, tensor
 from nanomai.parallel.layout import Layout
+from nanomai.parallel.limits import check_context
 from nanomai.parallel.pipeline import Pipeline, stages_of
 from nanomai.parallel.recompute import recompute
 
@@ -35,7 +36,7 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
 
 def _transform(model: nn.Module, layout: Layout, parallel: ParallelConfig, compile_blocks: bool) -> None:
     if (ranks := layout.axis("context")) is not None:
-        context.check(model.config, ranks.size(), parallel.context_by, layout.sizes["tensor"])
+        check_context(model.config, ranks.size(), parallel.context_by, layout.sizes["tensor"])
         context.share_sequences(model, ranks, parallel.context_by)
     if (ranks := layout.axis("expert")) is not None:
         cuts_each = layout.axis("tensor") is not None

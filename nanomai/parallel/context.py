@@ -18,23 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from nanomai import ops
-from nanomai.config import ConfigError, ModelConfig
 from nanomai.masks import Mask, attention_mask
 from nanomai.parallel.collectives import gather, swap, total
-
-
-def check(config: ModelConfig, size: int, by: str, tensor: int = 1) -> None:
-    """ConfigError unless `size` ranks can share the sequences of this model, of whose heads each has 1 / tensor."""
-    if by == "keys":
-        return
-    heads = config.n_heads // tensor
-    if heads % size:
-        fitting = max(n for n in range(1, size) if heads % n == 0)
-        raise ConfigError(f"parallel context {size} by heads cannot share {heads} heads; the nearest that works is "
-                          f"{fitting}, or context_by keys", "parallel.context")
-    if config.sparse.block:
-        raise ConfigError("parallel context_by heads needs dense attention: heads of sparse layers see different keys; "
-                          "context_by keys does not", "parallel.context_by")
 
 
 def share_sequences(model: nn.Module, ranks: DeviceMesh, by: str = "keys") -> None:

@@ -15,29 +15,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from nanomai.config import ConfigError, ModelConfig
 from nanomai.grouped import sort_pairs, to_experts, to_tokens
 from nanomai.moe import Experts
 from nanomai.parallel.collectives import exchange, exchanged
+from nanomai.parallel.limits import check_expert
 from nanomai.parallel.shares import cut, see_own_parts
 from nanomai.parallel.tensor import placement
-
-
-def check(config: ModelConfig, size: int) -> None:
-    """ConfigError unless `size` ranks can share out the experts of this model."""
-    n = config.moe.n_experts
-    if n == 0:
-        raise ConfigError(f"parallel expert {size} needs a model with experts", "parallel.expert")
-    if n % size:
-        fitting = max(f for f in range(1, size) if n % f == 0)
-        raise ConfigError(f"parallel expert {size} cannot share out {n} experts; the nearest that works is {fitting}",
-                          "parallel.expert")
 
 
 def share_experts(model: nn.Module, ranks: DeviceMesh) -> None:
     """Gives each rank its part of every layer's experts. `ranks` is (expert,); (expert, tensor) cuts each as well."""
     group = ranks.get_group("expert")
-    check(model.config, group.size())
+    check_expert(model.config, group.size())
     for block in model.blocks.values():
         if (experts := getattr(block.mlp, "experts", None)) is not None:
             for name, _ in list(experts.named_parameters(recurse=False)):

@@ -12,61 +12,22 @@ The bubble, the time for which a rank waits as a share of the time for which it 
 each rank (interleaved: stage s is on rank s mod p) it is (p - 1) / (v m), and v times as much is sent.
 
 Gradients are sums here as everywhere: of all micro-batches, and over the ranks that share a stage's parameters once, at
-the end of the step. Until then a rank keeps its stages' parameters gathered and their gradients whole.
+the end of the step. Until then a rank keeps its stages' parameters gathered and their gradients whole. What it receives
+it keeps for as long as a micro-batch is with it, so in 1F1B memory does not grow with their number. Interleaved, the
+library keeps what was sent as well, and that until the end of the step: 2 v tensors (B, T, D) for each micro-batch.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from nanomai.config import Config, ConfigError, ModelConfig
 from nanomai.parallel.layout import Layout
-
-
-def check(config: ModelConfig, n_stages: int) -> None:
-    """ConfigError unless this model can be cut into `n_stages`."""
-    trouble = None
-    if n_stages > config.n_layers:
-        trouble = f"makes {n_stages} stages of {config.n_layers} layers; at most {config.n_layers} can be"
-    elif config.tied_embeddings:
-        trouble = "needs model.tied_embeddings false: the embedding is in the first stage, and the head in the last"
-    elif config.moe.n_experts and config.moe.router == "sparsemixer":
-        trouble = "needs a router that draws nothing: sparsemixer's draws go on from one layer to the next"
-    if trouble:
-        raise ConfigError(f"parallel pipeline {trouble}", "parallel.pipeline")
-
-
-def check_batch(config: Config, rows: int) -> None:
-    """ConfigError unless `rows` sequences make as many micro-batches as the pipeline needs to be full."""
-    p, micro_batch = config.parallel.pipeline, config.train.micro_batch
-    interleaved = config.parallel.stages_per_rank > 1
-
-    def fits(size: int) -> bool:
-        n = rows // size
-        return rows % size == 0 and n >= p and not (interleaved and n % p)
-
-    if p == 1 or fits(micro_batch):
-        return
-    nearest = min(filter(fits, range(1, rows + 1)), key=lambda size: abs(size - micro_batch), default=None)
-    mend = f"the nearest that works is {nearest}" if nearest else f"give each step a multiple of {p}"
-    raise ConfigError(f"micro_batch {micro_batch} cuts the {rows} sequences of a step into no {p} "
-                      f"{'times n' if interleaved else 'or more'} equal micro-batches, as {p} ranks of a pipeline "
-                      f"need; {mend}", "train.micro_batch")
-
-
-def share_layers(n_layers: int, n_stages: int) -> list[range]:
-    """The layers of each stage, as even as can be. The last has the head as well and the first the embedding, so what
-    is left over goes to the others."""
-    even, left = divmod(n_layers, n_stages)
-    larger = [*range(1, n_stages - 1), 0, n_stages - 1][:left]
-    ends = itertools.accumulate((even + (stage in larger) for stage in range(n_stages)), initial=0)
-    return [range(*pair) for pair in itertools.pairwise(ends)]
+from nanomai.parallel.limits import check_pipeline, share_layers
 
 
 def stages_of(model: nn.Module) -> list[nn.Module]:
@@ -85,7 +46,7 @@ class Pipeline:
         self.model, self.sizes, self.group = model, layout.sizes, layout.axis("pipeline").get_group()
         self.p, self.rank = self.group.size(), self.group.rank()
         self.n_stages = self.p * stages_per_rank
-        check(model.config, self.n_stages)
+        check_pipeline(model.config, self.n_stages)
         shares = share_layers(model.config.n_layers, self.n_stages)
         blocks, model.blocks = model.blocks, nn.ModuleDict()
         self.here = range(self.rank, self.n_stages, self.p)
@@ -121,19 +82,21 @@ class Pipeline:
         return loss
 
     def _schedule(self, n: int, micro_batch: int, batch: Tensor):
-        """Made anew when batches change their shape, with room for the `n` micro-batches that come from other stages.
+        """Made anew when batches change their shape.
 
         Stages are told what they will receive; the library would otherwise find out by running them on nothing.
         """
         if self.shape == (n, batch.shape):
             return self.schedule
         # costs half a second, which no other run need wait for
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+        from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
+
+        from nanomai.parallel.stage import Stage
         like = batch[:micro_batch].to("meta")
         hidden, loss = (like.new_empty(shape, dtype=dtype, requires_grad=True)
                         for shape, dtype in (self._result(s, like, like, False) for s in (0, self.n_stages - 1)))
-        stages = [PipelineStage(stage, s, self.n_stages, batch.device, input_args=hidden if s else like,
-                                output_args=hidden if s < self.n_stages - 1 else loss, group=self.group)
+        stages = [Stage(stage, s, self.n_stages, batch.device, input_args=hidden if s else like,
+                        output_args=hidden if s < self.n_stages - 1 else loss, group=self.group)
                   for s, stage in zip(self.here, self.stages, strict=True)]
         options = {"loss_fn": lambda loss, target: loss, "scale_grads": False}
         self.shape, self.schedule = (n, batch.shape), (

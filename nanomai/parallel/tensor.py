@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from nanomai.config import ConfigError, ModelConfig
 from nanomai.ops import IGNORE
 from nanomai.parallel.collectives import gather, gathered, scatter_sum, to_all, total
+from nanomai.parallel.limits import check_tensor
 from nanomai.parallel.shares import cut, see_own_parts
 
 # Ends of parameter names, and the dimension along which each is cut. All others are whole on every rank.
@@ -32,28 +32,12 @@ CUT = {
 ADDED_TO_SUMS = ("wo.bias", "w_down.bias")  # by one rank alone
 
 
-def check(config: ModelConfig, size: int) -> None:
-    """ConfigError unless `size` ranks can share this model."""
-    moe = config.moe
-    shared = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "vocab_size": config.vocab_size,
-              "d_ff": config.d_ff if moe.n_dense_layers or not moe.n_experts else size,
-              "moe.d_expert": moe.d_expert if moe.n_experts else size}
-    for name, number in shared.items():
-        if number % size:
-            fitting = max(n for n in range(1, size) if all(x % n == 0 for x in shared.values() if x != size))
-            raise ConfigError(f"parallel tensor {size} cannot share {name} {number}; the nearest that works is "
-                              f"{fitting}", "parallel.tensor")
-    if config.sparse.block:
-        raise ConfigError("parallel tensor needs dense attention: heads of sparse layers see different keys",
-                          "parallel.tensor")
-
-
 def share_products(model: nn.Module, ranks: DeviceMesh) -> None:
     """Cuts the parameters of `model` along `ranks` and lays the collectives around its layers.
 
     Experts that are shared out along another axis have been cut along this one as well (`expert.py`).
     """
-    check(model.config, ranks.size())
+    check_tensor(model.config, ranks.size())
 
     def by_first(bias: Tensor) -> Tensor:
         return bias * (ranks.get_local_rank() == 0)
