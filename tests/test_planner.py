@@ -116,24 +116,16 @@ def memory(gpus: int, config: Config = BILLIONS, **parallel) -> dict[str, float]
 def test_memory_by_small_arithmetic():
     """Llama 3 8B on 64 ranks, one sequence of 8,192 each: what anyone can multiply."""
     found, n, d, v = memory(64), 8_030_261_248, 4096, 128_256
-    found_twice = memory(64, replace(BILLIONS, **{"train.batch_tokens": 2**20}))
     one = plan(replace(BILLIONS, **{"train.batch_tokens": 2**19}), 64).memory
     assert one["weights"] == 4 * n / 64 and one["optimizer"] == 8 * n / 64
     assert one["activations"] == 32 * 8192 * d * 2
     block = (n - 2 * v * d - d) / 32
     assert one["gathered"] == pytest.approx(2 * (2 * v * d + d) + 2 * block)
     assert one["logits"] == 4 * v * d + 6 * v * d + 8 * 8192 * d
-    assert found["gradients"] == 4 * n == found_twice["gradients"]  # two micro-batches: whole until the last is done
+    assert found["gradients"] == 4 * n / 64 # of the first of two micro-batches
+    assert memory(64, keep_gathered=True)["gradients"] == 4 * n
     assert one["peak"] == sum(value for part, value in one.items() if part not in ("peak", "headroom", "device"))
     assert one["headroom"] == 80e9 - one["peak"]
-
-
-def test_the_simulators_peaks():
-    """Of `nanomai simulate`, which counts every tensor of the real code: Llama 3 8B, 64 ranks, to 3 %."""
-    one = replace(BILLIONS, **{"train.batch_tokens": 2**19})
-    assert memory(64, one)["peak"] == pytest.approx(11.85e9, rel=0.03)
-    shared = replace(BILLIONS, **{"train.batch_tokens": 2**17})
-    assert memory(64, shared, tensor=8, recompute="selective")["peak"] == pytest.approx(14.47e9, rel=0.03)
 
 
 def test_more_ranks_hold_less_each():
@@ -175,7 +167,7 @@ def test_traffic_by_small_arithmetic():
     n, root, row = 8_030_261_248, 2 * 128_256 * 4096 + 4096, 8192 * 4096 * 2
     sent = traffic(64)
     blocks_twice, root_once, gradients = 2 * 2 * (n - root), 2 * root, 4 * n
-    assert sent["fsdp"] == pytest.approx(63 / 64 * (2 * blocks_twice + 2 * root_once + gradients))
+    assert sent["fsdp"] == pytest.approx(63 / 64 * 2 * (blocks_twice + root_once + gradients))
     assert {axis for axis, size in sent.items() if size} == {"fsdp"}
     assert traffic(64, tensor=8)["tensor"] == pytest.approx(7 / 8 * 2 * row * (32 * 11 + 2))
     keys = 8192 * 2 * 8 * 128 * 2  # of a layer, as bfloat16
@@ -193,7 +185,8 @@ def test_time_adds_up_and_units_are_seconds():
     assert arithmetic == pytest.approx(computed, rel=1e-3)
     assert speed["mfu"] == pytest.approx(found.flops["per_step"] / time["step"] / 64 / 989.4e12)
     assert run["gpu_hours"] == pytest.approx(run["tokens"] / speed["tokens_per_second"] * 64 / 3600 / 0.9)
-    assert run["dollars"] == pytest.approx(run["gpu_hours"] * 2.5) and run["days"] * 24 * 64 == run["gpu_hours"]
+    assert run["dollars"] == pytest.approx(run["gpu_hours"] * 2.5)
+    assert run["days"] * 24 * 64 == pytest.approx(run["gpu_hours"])
     assert run["kwh"] == pytest.approx(run["gpu_hours"] * 0.7 * 1.5 * 1.2)
     assert run["co2_kg"] == pytest.approx(0.4 * run["kwh"])
 
@@ -251,7 +244,7 @@ def test_500b_fits_with_a_tenth_to_spare(name, gpus):
     ("plan nano --gpus 4 --parallel.tensor 8", "parallel tensor 8 divides no 4 ranks"),
     ("plan llama-3-8b --gpus 16 --parallel.tensor 16", "parallel tensor 16 cannot share n_kv_heads 8"),
     ("plan llama-3-8b --gpus 8 --parallel.expert 8", "parallel expert 8 needs a model with experts"),
-    ("plan gpt2-124m --gpus 4 --parallel.pipeline 4", "parallel pipeline needs tied_embeddings false"),
+    ("plan gpt2-124m --gpus 4 --parallel.pipeline 4", "parallel pipeline needs model.tied_embeddings false"),
     ("plan nano --parallel.tensr 2", "did you mean --parallel.tensor?"),
     ("plan nano --largest", "leave out 'nano'")])
 def test_mistakes_are_one_line(command, said, capsys):

@@ -54,15 +54,24 @@ def meta(model: str) -> Transformer:
         return Transformer(MODELS[model])
 
 
+@pytest.mark.parametrize("n", [1, 3], ids=["one micro-batch", "three"])
 @pytest.mark.parametrize("keep_gathered", [False, True])
-def test_what_fsdp_sends(keep_gathered):
-    """Blocks are gathered twice, or once where they are kept, and the rest once, in two bytes; gradients go in four."""
-    n = MODEL.n_parameters
+def test_what_fsdp_sends(keep_gathered, n):
+    """Blocks are gathered twice, or once where they are kept, and the rest once, in two bytes; gradients go in four.
+
+    Each micro-batch does so, but where they are kept the gradients of all are sent together.
+    """
     rest = 2 * MODEL.vocab_size * MODEL.d_model + MODEL.d_model
-    times = 1 if keep_gathered else 2
-    sent = simulate(config(keep_gathered=keep_gathered), 8).collectives
-    assert sent["fsdp: all-gather"] == {"calls": times * 4 + 1, "bytes": 2 * (times * (n - rest) + rest)}
-    assert sent["fsdp: reduce-scatter"] == {"calls": 4 + 1, "bytes": 4 * n}
+    times, sums = (n, 1) if keep_gathered else (2 * n, n)
+    sent = simulate(config(keep_gathered=keep_gathered), 8, micro_batches=n).collectives
+    assert sent["fsdp: all-gather"] == {"calls": times * 4 + n,
+                                        "bytes": 2 * (times * (MODEL.n_parameters - rest) + n * rest)}
+    assert sent["fsdp: reduce-scatter"] == {"calls": sums * (4 + 1), "bytes": sums * 4 * MODEL.n_parameters}
+
+
+def test_gradients_between_copies_are_summed_once():
+    sent = simulate(config(replicas=2), 8, micro_batches=3).collectives["replicas: all-reduce"]
+    assert sent == {"calls": 4 + 1, "bytes": 4 * MODEL.n_parameters // 4}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -162,11 +171,13 @@ def test_few_layers_tell_of_all(run):
     assert found["headroom_of_80GB"] > 0.1
 
 
-def test_a_step_of_two_micro_batches_holds_whole_gradients():
-    """Between micro-batches FSDP sums nothing over ranks, and keeps each gradient whole on every one."""
-    once, twice = (simulate(config(recompute="full"), 64, micro_batches=n) for n in (1, 2))
-    assert twice.peak - once.peak > 2 * MODEL.n_parameters and twice.tokens == 2 * once.tokens
-    assert twice.flops["attention"] == 2 * once.flops["attention"]
+def test_between_micro_batches_gradients_are_shares_again():
+    """What a second one adds is this rank's share, or, where blocks stay gathered, all gradients in float32."""
+    for keep_gathered, held in ((False, MODEL.n_parameters / 64), (True, MODEL.n_parameters)):
+        once, twice, thrice = (simulate(config(recompute="full", keep_gathered=keep_gathered), 64, micro_batches=n)
+                               for n in (1, 2, 3))
+        assert 0.4 * held < (twice.peak - once.peak) / 4 <= held and thrice.peak == twice.peak
+        assert thrice.tokens == 3 * once.tokens and thrice.flops["attention"] == 3 * once.flops["attention"]
 
 
 def test_imbalance_is_felt():

@@ -23,7 +23,8 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: b
     """Shares out each block, and then what is left: embeddings, the last norm, the head.
 
     Parameters travel as `dtype`, which is what every projection would cast them to; gradients are summed in float32.
-    `keep_gathered` spares the second gathering of each block and costs the memory of the whole model (ZeRO 2).
+    `keep_gathered` spares the second gathering of each block, and the sums of all micro-batches but the last; it costs
+    the memory of the whole model, and of its gradients between micro-batches (ZeRO 1 and 2).
     """
     # inputs stay as they are: rotations are float32 on purpose
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -34,6 +35,7 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: b
             fully_shard(block.mlp.experts, mesh=group, shard_placement_fn=_inside_experts(group), **options)
         fully_shard(block, mesh=ranks, shard_placement_fn=_inside_experts(ranks), **options)
     fully_shard(model, mesh=ranks, mp_policy=policy)  # first and last to run, so it stays gathered in between
+    model.sums_once = keep_gathered
     for unit in units(model):
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
         unit.set_gradient_divide_factor(1.0)  # gradients are sums over tokens, divided once (`clip_gradients`)
@@ -60,10 +62,14 @@ def units(model: nn.Module) -> list[FSDPModule]:
 
 
 def sum_after(model: nn.Module, last: bool) -> None:
-    """Before each micro-batch: gradients are summed between ranks after the last one only."""
+    """Before each micro-batch: says which gradients are summed after it.
+
+    Those of one copy of the model are summed and scattered each time, so that no rank holds them whole; where memory is
+    given for less to send (`keep_gathered`), after the last one only, as they are between copies.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last or not model.sums_once)
+        model.set_requires_all_reduce(last)
 
 
 def scatter(model: nn.Module) -> None:

@@ -11,8 +11,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from nanomai.config import Config, ModelConfig
+from nanomai.parallel.limits import share_layers
 
 LOGITS_BYTES = 2**28  # of float32 logits alive at once in the loss
+COPIES = {"swiglu": 4, "gegelu": 7, "gelu": 2, "relu2": 2}  # of an MLP's hidden units, which its forward leaves
 
 
 class Part(NamedTuple):
@@ -55,15 +57,8 @@ def block_part(model: ModelConfig, experts: bool, tensor: int = 1, expert: int =
 @lru_cache(maxsize=4096)
 def blocks_of(model: ModelConfig, ranks: int, rank: int, stages_per_rank: int = 1) -> tuple[int, int]:
     """Layers of one rank of a pipeline: without experts, and with.
-
-    What an even division leaves over goes to the stages in the middle, as in `parallel/pipeline.py`.
     """
-    stages = ranks * stages_per_rank
-    even, left = divmod(model.n_layers, stages)
-    larger = [*range(1, stages - 1), 0, stages - 1][:left]
-    sizes = [even + (stage in larger) for stage in range(stages)]
-    starts = [sum(sizes[:stage]) for stage in range(rank, stages, ranks)]
-    layers = [i for start, size in zip(starts, sizes[rank::ranks], strict=True) for i in range(start, start + size)]
+    layers = [i for share in share_layers(model.n_layers, ranks * stages_per_rank)[rank::ranks] for i in share]
     mixed = sum(map(model.has_experts, layers))
     return len(layers) - mixed, mixed
 
@@ -99,15 +94,36 @@ def kept_bytes(model: ModelConfig, experts: bool, s: dict[str, int], what: str, 
     norms = norm * (1 if model.parallel_block else 2) * d / t + 4 * (latents + model.qk_norm * (q + kv / 2) / t)
     inputs = (1 if model.parallel_block and t == 1 else 2) * d + latents
     attention = (q + kv * c + 2 * y) / t  # y as attention leaves it, and with its heads in a row
-    copies = {"swiglu": 4, "gegelu": 7, "gelu": 2, "relu2": 2}[model.activation]
     router = (4 * d + 8 * moe.n_experts) * experts
-    return norms + width * (inputs + attention + copies * hidden + 2 * routed) + 4 * h / t + router
+    return norms + width * (inputs + attention + COPIES[model.activation] * hidden + 2 * routed) + 4 * h / t + router
 
 
 def _hidden(model: ModelConfig, experts: bool) -> int:
     """Hidden units that one token meets in a layer."""
     moe = model.moe
     return (moe.experts_per_token + moe.n_shared_experts) * moe.d_expert if experts else model.d_ff
+
+
+class Held(NamedTuple):
+    """What a rank of one stage has a part in: parameters, before they are sharded but for `share`."""
+
+    groups: list[tuple[int, bool]]  # layers, and whether they have experts
+    blocks: Part
+    root: Part
+    largest: float  # block
+    share: float  # what this rank keeps
+
+
+def held_by(config: Config, s: dict[str, int], stage: int) -> Held:
+    """The parameters of a stage, and of one rank of it."""
+    model, t, e, shards = config.model, s["tensor"], s["expert"], s["fsdp"] * s["context"]
+    sizes = blocks_of(model, s["pipeline"], stage, config.parallel.stages_per_rank)
+    groups = [(n, experts) for n, experts in zip(sizes, (False, True), strict=True) if n]
+    parts = [block_part(model, experts, t, e) for _, experts in groups]
+    blocks = sum((part * n for part, (n, _) in zip(parts, groups, strict=True)), Part())
+    root = root_part(model, s["pipeline"], stage, t)
+    share = (blocks.dense + root.dense) / shards + blocks.experts / (shards / e)
+    return Held(groups, blocks, root, max(part.all for part in parts), share)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
@@ -117,60 +133,72 @@ def memory_of(config: Config, s: dict[str, int], micro: int, count: int, stage: 
     """Bytes by part on a rank of one stage, at the worst of four moments of a step.
 
     Those are the loss, the backward of the last block, when all activations are there, that of the first, when nearly
-    all gradients are, and the end, when embeddings and head are reduced. `count` micro-batches of `micro` sequences
-    make a step.
+    all gradients are, and the end, when embeddings and head are reduced (in a pipeline, before all others). `count`
+    micro-batches of `micro` sequences make a step.
     """
     model, p, stages, t = config.model, config.parallel, s["pipeline"], s["tensor"]
-    width = 4 if config.train.dtype == "float32" else 2
+    width, shards = 4 if config.train.dtype == "float32" else 2, s["fsdp"] * s["context"]
     tokens = micro * config.sequence_length / s["context"]
-    shards = s["fsdp"] * s["context"]
     sharded = shards * s["replicas"] * t * stages > 1
-    sizes = blocks_of(model, stages, stage, p.stages_per_rank)
-    groups = [(n, experts) for n, experts in zip(sizes, (False, True), strict=True) if n]
-    part = {experts: block_part(model, experts, t, s["expert"]) for _, experts in groups}
-    blocks = sum((part[experts] * n for n, experts in groups), Part())
-    root = root_part(model, stages, stage, t)
-    largest = max((part[experts] for _, experts in groups), key=lambda x: x.all).all
-    held = (blocks.dense + root.dense) / shards + blocks.experts / (shards / s["expert"])
-    state = 8 * held
-    if config.optim.name == "muon":  # one momentum for hidden matrices
-        state -= 4 * (blocks.dense / shards + blocks.experts / (shards / s["expert"]))
-    layers, flying, kept, work = _activations(config, s, groups, count, stage, width)
-    activations, work = tokens * flying * kept, tokens * work
+    groups, blocks, root, largest, held = held_by(config, s, stage)
+    state = 4 * (held + root.dense / shards) if config.optim.name == "muon" else 8 * held  # one momentum for matrices
+    layers, flying, kept = _activations(config, s, groups, count, stage, width)
+    activations = tokens * flying * kept
+    if (v := p.stages_per_rank) > 1:  # what has been sent is kept to the end of the step, and of it some above as well
+        activations += max(0.0, count * _messages(s, v, stage) - 2 * v * flying) * tokens * width * model.d_model / t
     head = model.vocab_size * model.d_model / t * (stage == stages - 1)
     everything = p.keep_gathered or stages > 1
-    gathered = width * (root.all + (blocks.all if everything else 2 * largest))
+    resident = width * (root.all + (blocks.all if everything else largest))
+    gathered = resident + width * largest * (not everything)
     if not sharded:  # each product casts its weight, and keeps the copy for its backward
-        gathered = 0 if width == 4 else width * (largest if p.recompute == "full" else blocks.all)
-    whole = (4 * (blocks.all + root.all) if sharded else 4 * held) * (count > 1)  # summed between ranks at the end
-    layer = largest * (width + (4 if sharded else 0))  # a block's gradients, and another's on their way in float32
-    base = {"weights": 4 * held, "optimizer": state}
-    chunks = 3 * min(LOGITS_BYTES, 4 * tokens * model.vocab_size / t)
+        gathered = resident = 0 if width == 4 else width * (largest if p.recompute == "full" else blocks.all)
+    whole = 4 * (blocks.all + root.all)
+    earlier = (whole if everything and sharded else 4 * held) * (count > 1)  # summed at the end, or after each
+    # a block at work, gradients of another that are on their way in float32, but for a pipeline, and those of the head
+    work = max(_work(config, s, experts, tokens, width) for _, experts in groups)
+    work += 4 * largest * (sharded and stages == 1) + width * head
+    chunk = min(LOGITS_BYTES, 4 * tokens * model.vocab_size / t)  # and four such, or two and a half beside a product
     # the head's gradient in float32, twice while it is scaled, and in the dtype of products; hidden states and theirs
-    logits = 4 * head + max(chunks, (4 + width) * head) + (4 + 2 * width) * tokens * model.d_model
-    resident = width * (root.all + (blocks.all if everything else largest)) if sharded else gathered
+    logits = 4 * head + max(4 * chunk, 2.5 * chunk + width * head, (4 + width) * head)
+    logits += (4 / t + 2 * width) * tokens * model.d_model
     moments = [
-        base | {"gradients": whole, "gathered": resident, "activations": activations,
-                "logits": logits * (stage == stages - 1), "work": 0.0},
-        base | {"gradients": whole, "gathered": gathered, "activations": activations, "logits": 0.0,
-                "work": work + layer + width * head},
-        base | {"gradients": 4 * held, "gathered": gathered - width * root.all * sharded, "logits": 0.0,
-                "activations": activations / layers / flying, "work": work + layer + width * head},
-        base | {"gradients": 4 * held, "gathered": 0.0, "activations": 0.0, "logits": 0.0,
-                "work": (4 + width) * root.all * sharded}]
-    return max(moments, key=lambda parts: sum(parts.values()))
+        (earlier, resident, activations, logits * (stage == stages - 1), 0.0),
+        (earlier, gathered, activations, 0.0, work),
+        (4 * held, gathered - width * root.all * sharded, activations / layers / flying, 0.0, work),
+        (4 * held, 0.0, 0.0, 0.0, (4 + width) * root.all * sharded)]
+    if stages > 1:
+        moments[2:] = [(whole, gathered - width * root.all, 0.0, 0.0, 4 * root.all)]
+    return {"weights": 4 * held, "optimizer": state} | dict(zip(
+        ("gradients", "gathered", "activations", "logits", "work"), max(moments, key=sum), strict=True))
 
 
 def _activations(config: Config, s: dict[str, int], groups: list[tuple[int, bool]], count: int, stage: int,
-                 width: int) -> tuple[int, float, float, float]:
-    """Layers of a rank, micro-batches in flight, and for each token: bytes kept by all layers, bytes at work in one."""
+                 width: int) -> tuple[int, float, float]:
+    """Layers of a rank, micro-batches in flight, and the bytes that all layers keep for each token."""
     model, p, stages = config.model, config.parallel, s["pipeline"]
     v, layers = p.stages_per_rank, sum(n for n, _ in groups)  # with v > 1 what is in flight is v-ths of a rank's layers
     flying = min(count, stages - stage if v == 1 else ((v - 1) * stages + 2 * (stages - 1 - stage) + 1) / v)
     kept = sum(n * kept_bytes(model, experts, s, p.recompute, width) for n, experts in groups)
-    again = max(kept_bytes(model, experts, s, "none", width) for _, experts in groups) - kept / layers
-    gradients = width * (3 * max(_hidden(model, experts) for _, experts in groups) / s["tensor"] + 2 * model.d_model)
-    return layers, flying, kept, max(0.0, again) + gradients
+    if stages > 1:  # what it sent is kept as well, as the end of what its backward goes through
+        kept += (v - (stage == stages - 1)) * width * model.d_model / s["tensor"]
+    return layers, flying, kept
+
+
+def _work(config: Config, s: dict[str, int], experts: bool, tokens: float, width: int) -> float:
+    """Bytes in the backward of a block beside what its forward has left, at the worst of three moments.
+
+    Those are where results of experts are weighted, the non-linearity, when the last product has its gradient, and
+    the inputs of the MLP, when all its products have theirs.
+    """
+    model, moe, d, t = config.model, config.model.moe, config.model.d_model, s["tensor"]
+    hidden, routed = width * _hidden(model, experts) / t, width * moe.experts_per_token * d * experts
+    units = moe.d_expert * (moe.n_experts / s["expert"] + moe.n_shared_experts) if experts else model.d_ff
+    matrix, n = width * d * units / t, 3 if model.gated else 2
+    again = [kept_bytes(model, experts, s, what, width) for what in ("none", config.parallel.recompute)]
+    moments = (tokens * (2 + (s["expert"] > 1)) * routed,
+               tokens * ((n - 1) * hidden - routed) + matrix,
+               tokens * (routed - (COPIES[model.activation] - 1) * hidden + 2 * width * d) + n * matrix)
+    return tokens * (again[0] - again[1] + 2 * width * d / t) + max(moments)
 
 
 # --- Traffic and time -------------------------------------------------------------------------------------------------
@@ -179,40 +207,42 @@ def _activations(config: Config, s: dict[str, int], groups: list[tuple[int, bool
 def traffic_of(config: Config, s: dict[str, int], micro: int, count: int, stage: int) -> dict[str, float]:
     """Bytes that one rank of a stage sends in a step, by axis."""
     model, p, t, c, e = config.model, config.parallel, s["tensor"], s["context"], s["expert"]
-    plain, mixed = blocks_of(model, s["pipeline"], stage, p.stages_per_rank)
-    blocks = block_part(model, False, t, e) * plain + (block_part(model, True, t, e) * mixed if mixed else Part())
-    root = root_part(model, s["pipeline"], stage, t)
-    shards = s["fsdp"] * c
+    groups, blocks, root, _, held = held_by(config, s, stage)
+    layers, mixed, shards = sum(n for n, _ in groups), sum(n for n, experts in groups if experts), s["fsdp"] * c
     tokens, others = micro * config.sequence_length / c, lambda ranks: (ranks - 1) / ranks
     gathers = 1 if s["pipeline"] > 1 else count * (1 if p.keep_gathered else 2)  # of a block, in a step
     root_gathers = 1 if s["pipeline"] > 1 else count
-    dense = 2 * (blocks.dense * gathers + root.all * root_gathers) + 4 * (blocks.dense + root.all)
+    sums = 1 if p.keep_gathered or s["pipeline"] > 1 else count  # of gradients
+    dense = 2 * (blocks.dense * gathers + root.all * root_gathers) + 4 * (blocks.dense + root.all) * sums
     again = p.recompute != "none"
-    held = (blocks.dense + root.all) / shards + blocks.experts / (shards / e)
-    edges = (s["pipeline"] > 1) * (2 if 0 < stage < s["pipeline"] - 1 else 1)
     row = 2 * tokens * model.d_model * count  # bytes of the residual stream, all micro-batches
     keys = 2 * micro * config.sequence_length * model.kv_cache_bytes_per_token() / model.n_layers / 2 * count
     return {
         "fsdp": others(shards) * dense,
-        "fsdp of experts": others(shards / e) * (2 * gathers + 4) * blocks.experts,
+        "fsdp of experts": others(shards / e) * (2 * gathers + 4 * sums) * blocks.experts,
         "replicas": 2 * others(s["replicas"]) * 4 * held,
-        "tensor": others(t) * row * ((plain + mixed) * (11 if again else 8) + 2 * (stage == 0) + 2 * (stage > 0)),
-        "context": others(c) * keys / (1 if model.mla.kv_rank else t) * (plain + mixed) * (3 if again else 2),
+        "tensor": others(t) * row * (layers * (11 if again else 8) + 2 * (stage == 0) + 2 * (stage > 0)),
+        "context": others(c) * keys / (1 if model.mla.kv_rank else t) * layers * (3 if again else 2),
         "expert": others(e) * row * model.moe.experts_per_token * mixed * (6 if again else 4),
-        "pipeline": row / t * (2 * p.stages_per_rank - 2 + edges)}
+        "pipeline": row / t * _messages(s, p.stages_per_rank, stage)}
+
+
+def _messages(s: dict[str, int], v: int, stage: int) -> int:
+    """Tensors that a rank sends for each micro-batch: every stage its result, and the gradient of its input."""
+    return (s["pipeline"] > 1) * (2 * v - (stage == 0) - (stage == s["pipeline"] - 1))
 
 
 @lru_cache(maxsize=256)
 def flops_of(model: ModelConfig, length: int, recompute: str) -> dict[str, float]:
     """FLOPs for one token, over all stages: what the model asks for, and what is computed, some of it twice.
 
-    Under `full` a block's last product is not computed again, nor the head. Flash attention's backward is 2.5 of its
-    forwards: it computes the scores again itself.
+    Under `full` the last product of an MLP is not computed again, but with experts it is: its result is weighted. Nor
+    is the head. Flash attention's backward is 2.5 of its forwards: it computes the scores again itself.
     """
     blocks, head, full = model.layer_parameters(active=True), model.vocab_size * model.d_model, recompute == "full"
     wanted = model.flops_per_token(length)
     attention = wanted - 6 * (blocks + head)
-    last = model.d_model * sum(_hidden(model, model.has_experts(i)) for i in range(model.n_layers))
+    last = model.d_model * model.d_ff * blocks_of(model, 1, 0)[0]
     return {"wanted": wanted, "blocks": 6 * blocks + 2 * (blocks - last) * full, "head": 6 * head,
             "attention": attention * (4.5 if full else 3.5) / 3}
 

@@ -11,7 +11,7 @@ from nanomai.planner.plan import OVERLAPPED, Assumptions, Plan
 
 BEST = 5  # of the layouts that fit
 WHAT = {
-    "weights": "float32, sharded", "gradients": "float32, whole from the first micro-batch to the last",
+    "weights": "float32, sharded", "gradients": "float32: of all micro-batches before, and of this",
     "optimizer": "float32, sharded", "gathered": "layers at work, in the dtype of products",
     "activations": "kept for the backward", "logits": "of a chunk of tokens, and the head's gradient",
     "work": "a layer's gradients, and what its backward computes again",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from nanomai.config import Config, ConfigError, factors
+from nanomai.parallel import limits
 from nanomai.planner import counts
 from nanomai.planner.devices import Device, find_device
 
@@ -19,7 +19,7 @@ class Assumptions:
     """Of the peak, what matrix products reach; this and the next four are fitted on published runs."""
     attention: float = 0.21
     """Of the peak, what attention reaches, counted causally."""
-    traffic: float = 0.28
+    traffic: float = 0.30
     """Of the memory's bandwidth, what norms, gates, residuals and the optimizer reach."""
     links: float = 0.95
     """Of the links inside a machine."""
@@ -71,9 +71,9 @@ def plan(config: Config, gpus: int = 1, gpu: str | Device = "h100", assumptions:
     if gpus < 1:
         raise ConfigError(f"gpus {gpus} must be at least 1")
     sizes = factors(config.parallel, gpus)
-    for fault, field in refusals(config, sizes):
-        raise ConfigError(fault, field)
     ranks = sizes["replicas"] * sizes["fsdp"]
+    limits.check(config, sizes)
+    check_batches(config, ranks)
     micro, length = config.micro_batch(ranks), config.sequence_length
     steps = [(n, tokens, math.ceil(tokens / length / ranks / micro)) for n, tokens in config.batches]
     times = [step_time(config, sizes, device, a, micro, count) for _, _, count in steps]
@@ -98,48 +98,26 @@ def plan(config: Config, gpus: int = 1, gpu: str | Device = "h100", assumptions:
         assumptions=asdict(a) | {f"device_{f.name}": getattr(device, f.name) for f in fields(device)})
 
 
-def refusals(config: Config, s: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """(why, field) of each axis that cannot share this model or its batches."""
-    model, t, e, moe = config.model, s["tensor"], s["expert"], config.model.moe
-    shared = {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "vocab_size": model.vocab_size,
-              "d_ff": 0 if moe.n_experts and not moe.n_dense_layers else model.d_ff, "moe.d_expert": moe.d_expert}
-    for name, number in shared.items():
-        if number % t:
-            yield f"parallel tensor {t} cannot share {name} {number}", "parallel.tensor"
-    if t > 1 and model.sparse.block:
-        yield "parallel tensor needs dense attention", "parallel.tensor"
-    if e > 1 and not moe.n_experts:
-        yield f"parallel expert {e} needs a model with experts", "parallel.expert"
-    if e > 1 and moe.n_experts % e:
-        yield f"parallel expert {e} cannot share out {moe.n_experts} experts", "parallel.expert"
-    if s["pipeline"] * config.parallel.stages_per_rank > model.n_layers:
-        yield f"parallel pipeline {s['pipeline']} has more stages than n_layers {model.n_layers}", "parallel.pipeline"
-    if s["pipeline"] > 1 and (model.tied_embeddings or (moe.n_experts and moe.router == "sparsemixer")):
-        yield "parallel pipeline needs tied_embeddings false and a router that draws nothing", "parallel.pipeline"
-    if s["context"] > 1 and config.sequence_length % (2 * s["context"]):
-        yield f"parallel context {s['context']} cannot cut {config.sequence_length} tokens", "parallel.context"
-    ranks = s["replicas"] * s["fsdp"]
-    for _, tokens in config.batches:
-        if (samples := tokens // config.sequence_length) % ranks:
+def check_batches(config: Config, ranks: int) -> None:
+    """ConfigError unless every batch of the run can be cut for so many ranks, and for a pipeline."""
+    for samples in (tokens // config.sequence_length for _, tokens in config.batches):
+        if samples % ranks:
             best = max(n for n in range(1, min(samples, ranks) + 1) if samples % n == 0)
-            yield (f"a batch of {samples} sequences cannot be shared by {ranks} ranks (replicas x fsdp); the nearest "
-                   f"number below is {best}: give more to another axis, or change train.batch_tokens"), "parallel.fsdp"
-            return
-        share, micro, p = samples // ranks, config.micro_batch(ranks), s["pipeline"]
-        n, interleaved = share // micro, config.parallel.stages_per_rank > 1
-        if p > 1 and (share % micro or n < p or (interleaved and n % p)):
-            yield (f"micro_batch {micro} cuts {share} sequences into no {p} {'times n' if interleaved else 'or more'} "
-                   "equal micro-batches, as the pipeline needs"), "train.micro_batch"
-            return
+            raise ConfigError(f"a batch of {samples} sequences cannot be shared by {ranks} ranks (replicas x fsdp); "
+                              f"the nearest number below is {best}: give more to another axis, or change "
+                              "train.batch_tokens", "parallel.fsdp")
+        train = replace(config.train, micro_batch=config.micro_batch(ranks))
+        limits.check_batch(replace(config, train=train), samples // ranks)
 
 
-def _stages(sizes: dict[str, int]) -> set[int]:
-    """The first has the embeddings and most in flight, the second may have a layer more, the last has the head."""
-    return {0, 1, sizes["pipeline"] - 1} if sizes["pipeline"] > 1 else {0}
+def _stages(config: Config, sizes: dict[str, int]) -> set[int]:
+    """The first has the embeddings and most in flight, the last the head; of others the first with as many layers."""
+    p, v = sizes["pipeline"], config.parallel.stages_per_rank
+    return {0, p - 1, *{counts.blocks_of(config.model, p, s, v): s for s in reversed(range(1, p - 1))}.values()}
 
 
 def _memory(config: Config, sizes: dict[str, int], device: Device, a: Assumptions, micro: int, count: int) -> dict:
-    parts = max((counts.memory_of(config, sizes, micro, count, stage) for stage in _stages(sizes)),
+    parts = max((counts.memory_of(config, sizes, micro, count, stage) for stage in _stages(config, sizes)),
                 key=lambda p: sum(p.values()))
     peak = sum(parts.values())
     return parts | {"peak": peak, "headroom": device.memory - peak, "device": device.memory}
@@ -147,9 +125,8 @@ def _memory(config: Config, sizes: dict[str, int], device: Device, a: Assumption
 
 def _traffic(config: Config, sizes: dict[str, int], micro: int, count: int) -> tuple[dict[str, float], float]:
     """Of the stage that sends most; and the parameters that a rank of the first one holds."""
-    each = [counts.traffic_of(config, sizes, micro, count, stage) for stage in _stages(sizes)]
-    weights = counts.memory_of(config, sizes, micro, count, 0)["weights"]
-    return max(each, key=lambda t: sum(t.values())), weights / 4
+    each = [counts.traffic_of(config, sizes, micro, count, stage) for stage in _stages(config, sizes)]
+    return max(each, key=lambda t: sum(t.values())), counts.held_by(config, sizes, 0).share
 
 
 def _rates(s: dict[str, int], device: Device, a: Assumptions) -> dict[str, float]:
@@ -174,7 +151,7 @@ def _rates(s: dict[str, int], device: Device, a: Assumptions) -> dict[str, float
 def step_time(config: Config, s: dict[str, int], device: Device, a: Assumptions, micro: int,
               count: int) -> dict[str, float]:
     """Seconds of one optimizer step by part, on the slowest stage."""
-    return max((_stage_time(config, s, device, a, micro, count, stage) for stage in _stages(s)),
+    return max((_stage_time(config, s, device, a, micro, count, stage) for stage in _stages(config, s)),
                key=lambda time: time["step"])
 
 
@@ -201,7 +178,7 @@ def _stage_time(config: Config, s: dict[str, int], device: Device, a: Assumption
     beside = sum(sending[axis] for axis in OVERLAPPED)
     time["bubble"] = busy * (s["pipeline"] - 1) / config.parallel.stages_per_rank / count
     time["exposed"] = max(0.0, beside - busy)
-    held = counts.memory_of(config, s, micro, count, stage)["weights"] / 4
+    held = counts.held_by(config, s, stage).share
     time["optimizer"] = 28 * held / device.bandwidth / a.traffic  # reads weight, gradient, two moments; writes three
     machines = max(1.0, math.prod(s.values()) / s["expert"] / device.in_machine)
     time["waiting"] = sum(time.values()) * a.waiting * math.log2(machines)
