@@ -245,7 +245,7 @@ def _simulate(arguments: list[str]) -> int:
     config = _config("simulate", settings)
     from nanomai.simulator import simulate, table
 
-    found = simulate(config, options.world_size, options.layers, options.micro_batches, options.imbalance)
+    found = simulate(config, **{name: value for name, value in asdict(options).items() if name != "json"})
     print(json.dumps(found.as_dict()) if options.json else table(found))
     return 0
 

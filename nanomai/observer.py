@@ -22,10 +22,12 @@ from torch.utils.flop_counter import flop_registry
 from nanomai import grouped  # noqa: F401 (whose operations are counted)
 from nanomai.parallel.layout import Layout
 
-CAUSES = ("parameters", "gradients", "optimizer", "gathered", "scattered", "activations", "temporaries", "buffers")
+CAUSES = ("parameters", "gradients", "optimizer", "gathered", "scattered", "activations", "received", "temporaries",
+          "buffers")
 # the first that is part of an operation's name
 KINDS = {"gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all",
-         "alltoall": "all-to-all", "allreduce": "all-reduce", "all_reduce": "all-reduce"}
+         "alltoall": "all-to-all", "allreduce": "all-reduce", "all_reduce": "all-reduce",
+         "send": "send", "recv": "receive"}
 
 
 def _kind(name: str) -> str | None:
@@ -58,7 +60,7 @@ class Observer(TorchDispatchMode):
 
     Each storage keeps the cause it was given last: at first where it was made, `activations` in a forward pass and
     `temporaries` later (what is computed again, gradients of activations); then `gathered` and `scattered` where FSDP
-    takes it; at the end what it turns out to be.
+    takes it, `received` where another stage fills it; at the end what it turns out to be.
     """
 
     def __init__(self, fake: FakeTensorMode | None, layout: Layout, depth: int):
@@ -172,6 +174,8 @@ class Observer(TorchDispatchMode):
             seen["bytes"] += max(t.nbytes for t in tensors)
         if space == "fsdp" or name in ("_allgather_base_", "_reduce_scatter_base_"):
             self.tell("scattered" if "chunk_cat" in name or "reduce" in name else "gathered", tensors)
+        if name == "recv_":
+            self.tell("received", tensors)
 
     # --- Afterwards
 

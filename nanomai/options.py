@@ -120,14 +120,17 @@ class Simulate:
     """Ranks to pretend."""
     layers: int | None = None
     """Simulate this depth and half of it, and continue to the whole: seconds in place of minutes."""
-    micro_batches: int = 1
-    """Forward and backward passes before the optimizer's step, of --train.micro-batch sequences (0: one)."""
+    micro_batches: int | None = None
+    """Forward and backward passes before the optimizer's step, of --train.micro-batch sequences (0: one). None is one,
+    or as many as fill a pipeline."""
     imbalance: float = 1.0
     """Tokens that this rank's experts get, in even shares."""
+    stage: int | None = None
+    """The only one of the pipeline to simulate; None takes one of each kind, and tells of the one that holds most."""
     json: bool = False
     """Print one JSON object, with all in bytes, in place of the tables."""
 
     def __post_init__(self):
         for name in ("world_size", "micro_batches", "imbalance"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} {value} must be at least 1")

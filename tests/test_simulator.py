@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from nanomai.parallel import expert
 from nanomai.parallel.apply import parallelize
 from nanomai.parallel.launch import launch, process_group
 from nanomai.parallel.layout import lay_out
+from nanomai.planner import counts, plan
 from nanomai.simulator import Observer, simulate
 
 T = 1024
@@ -123,37 +125,83 @@ def test_the_peak_is_what_pytorchs_tracker_says(model, parallel, monkeypatch):
     assert found.peak == theirs["Total"]
 
 
+# --- A pipeline
+
+DEEP = dataclasses.replace(MODEL, n_layers=8)
+
+
+def staged(**parallel) -> Config:
+    return Config(model=DEEP, train=TrainConfig(batch_tokens=T), parallel=ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize("v, edges", [(1, {0: 1, 1: 2, 3: 1}), (2, {0: 3, 1: 4, 3: 3})])
+def test_a_pipeline(v, edges):
+    """A rank of each of four gathers and sums once, and sends every micro-batch on, and its gradient back."""
+    whole = simulate(staged(pipeline=1), 8)
+    for stage, n_edges in edges.items():
+        found = simulate(staged(pipeline=4, stages_per_rank=v), 8, micro_batches=4, stage=stage)
+        held = found.state["parameters"] * 2 / 4  # in numbers, of the two ranks that share the stage
+        row = T * DEEP.d_model * 2
+        assert found.collectives["fsdp: all-gather"]["bytes"] == 2 * held
+        assert found.collectives["fsdp: reduce-scatter"]["bytes"] == 4 * held
+        assert found.collectives["pipeline: send"] == {"calls": 4 * n_edges, "bytes": 4 * n_edges * row}
+        assert found.collectives["pipeline: receive"] == found.collectives["pipeline: send"]
+        assert found.flops["attention"] == whole.flops["attention"]  # of four micro-batches, a fourth
+    together = simulate(staged(pipeline=4, stages_per_rank=v), 8)
+    assert together.flops_per_token == whole.flops_per_token and found.flops_per_token is None
+    assert together.stages.keys() == edges.keys() and together.peak == together.stages[together.stage]
+
+
+@pytest.mark.parametrize("v, enough", [(1, 3), (2, 4)])
+def test_what_more_micro_batches_hold(v, enough):
+    """Neither their activations, nor what is received: two of 8 bytes for each token, and interleaved what was sent."""
+    config = staged(pipeline=2, stages_per_rank=v, recompute="full")
+    few, many = simulate(config, 4), simulate(config, 4, micro_batches=8)
+    assert few.micro_batches == enough and few.peak > simulate(config, 4, micro_batches=2).peak
+    sent = (2 * v - 1) * T * DEEP.d_model * 2 if v > 1 else 0
+    for s in (0, 1):
+        assert many.stages[s] - few.stages[s] == pytest.approx((8 - enough) * (2 * 8 * T + sent), abs=64)
+
+
+# --- A job of two
+
+
 SHORT = TrainConfig(batch_tokens=64, sequence_length=64, dtype="float32")
 LAYOUTS = {"fsdp": config(train=SHORT, recompute="full"), "tensor": config(train=SHORT, tensor=2),
            "context": config(train=SHORT, context=2), "expert": config("experts", train=SHORT, expert=2),
-           "muon": config("experts", "muon", SHORT)}
+           "muon": config("experts", "muon", SHORT), "pipeline": config(train=SHORT, pipeline=2),
+           "interleaved": config(train=SHORT, pipeline=2, stages_per_rank=2, recompute="full")}
 
 
 def really(rank, folder):
     """One step of each layout, in a real job."""
     ops.EXPLICIT_SCORES_LIMIT = 0
-    with process_group() as mesh:
+    with process_group() as mesh, simulator._messages():
         for name, config in LAYOUTS.items():
             layout = lay_out(config.parallel, mesh)
             with torch.device("meta"):
                 model = Transformer(config.model)
             parallelize(model, layout, config.parallel)
-            with Observer(None, layout, config.model.n_layers) as observer:
-                seen = simulator._step(config, layout, model, observer)
-            if rank == 0:
-                torch.save(seen, folder / f"{name}.pt")
+            with Observer(None, layout, len(model.blocks)) as observer:
+                seen = simulator._step(config, layout, model, observer, simulator._enough(config))
+            torch.save(seen, folder / f"{name}-{rank}.pt")
+            simulator._clear_sharding_prop_cache()  # the next grid may be as large, and has groups of its own
 
 
 def test_two_real_ranks_do_the_same(tmp_path):
     launch(really, 2, tmp_path)
-    for name, config in LAYOUTS.items():
-        real, found = torch.load(tmp_path / f"{name}.pt", weights_only=False), simulate(config, 2)
+    stages = [(name, stage) for name, config in LAYOUTS.items() for stage in range(config.parallel.pipeline)]
+    for name, stage in stages:
+        found = simulate(LAYOUTS[name], 2, stage=stage)
+        real = torch.load(tmp_path / f"{name}-{stage}.pt", weights_only=False)
         calls = {axis: seen["calls"] for axis, seen in found.collectives.items()}
         assert calls == {axis: seen["calls"] for axis, seen in real["collectives"].items()}, name
         assert found.state == real["state"], name
         if name != "expert":  # a real router is never even
             assert found.collectives == real["collectives"] and found.flops == real["flops"], name
-            assert found.peak == max(sum(causes.values()) for causes in real["places"].values()), name
+            peak = max(sum(causes.values()) for causes in real["places"].values())
+            by_network = 2 * 64 * MODEL.d_model * 4 * (found.layout["pipeline"] > 1)  # until it has time to let go
+            assert 0 <= peak - found.peak <= by_network, name
 
 
 # --- Continued from two depths
@@ -162,13 +210,62 @@ def test_two_real_ranks_do_the_same(tmp_path):
 GOLDEN = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "simulate.json").read_text())
 
 
-@pytest.mark.parametrize("run", GOLDEN["runs"], ids=lambda run: f"{run['name']}-{run['world_size']}")
+golden = pytest.mark.parametrize("run", GOLDEN["runs"], ids=lambda run: f"{run['name']}-{run['world_size']}")
+
+
+@golden
 def test_few_layers_tell_of_all(run):
-    """The whole depth was simulated once, and is kept; here come 8 layers. It must fit."""
-    expected = run | {"layers_simulated": [4, 8]}
-    found = simulate(load_config(run["name"], **expected.pop("settings")), run["world_size"], layers=8).as_dict()
-    assert {name: found[name] for name in expected} == expected
-    assert found["headroom_of_80GB"] > 0.1
+    """The whole depth was simulated once, and is kept; here come 32 layers, four and two in a stage. It must fit."""
+    found = simulate(load_config(run["name"]), run["world_size"], layers=32, stage=run["stage"])
+    assert found.layers_simulated == [16, 32] and found.headroom() > 0.1
+    assert (found.place, found.state, found.flops) == (run["place"], run["state"], run["flops"])
+    assert found.memory == pytest.approx(run["memory"], rel=1e-6)
+    for name, sent in run["collectives"].items():
+        if name != "all: all-reduce":  # the loads of experts, of all layers wherever they are
+            assert found.collectives[name] == sent, name
+
+
+@golden
+def test_the_plan_agrees(run):
+    """Its closed forms, to 3 %, with what was counted: memory and messages of each stage, FLOPs of all."""
+    config, sizes = load_config(run["name"]), run["layout"]
+    found, n = plan(config, run["world_size"]), run["micro_batches"]
+    assert found.memory["peak"] == pytest.approx(run["peak"], rel=0.03) and found.fits
+    assert found.flops["computed_per_token"] == pytest.approx(run["flops_per_token"], rel=0.03)
+    for stage, peak in run["stages"].items():
+        assert sum(counts.memory_of(config, sizes, 1, n, int(stage)).values()) == pytest.approx(peak, rel=0.03), stage
+    sent = Counter()
+    for name, seen in run["collectives"].items():
+        axis, kind = name.split(": ")
+        others = (sizes[axis] - 1) / sizes[axis] if axis in ("fsdp", "tensor") else kind == "send"
+        sent[axis] += seen["bytes"] * others
+    traffic = counts.traffic_of(config, sizes, 1, n, run["stage"])
+    traffic["fsdp"] += traffic["fsdp of experts"]  # the same ranks, without an expert axis
+    for axis in ("fsdp", "tensor", "pipeline"):
+        assert traffic[axis] == pytest.approx(sent[axis], rel=0.03), axis
+
+
+PLANNED = {
+    "one": {}, "three": {"n": 3}, "kept": {"n": 2, "keep_gathered": True}, "replicas": {"n": 2, "replicas": 4},
+    "selective": {"n": 2, "tensor": 8, "recompute": "selective"}, "heads": {"context": 4, "context_by": "heads"},
+    "pipeline": {"n": 3, "pipeline": 2}, "interleaved": {"n": 4, "pipeline": 2, "stages_per_rank": 2},
+    "experts": {"name": "mixtral-8x7b", "n": 2}, "experts elsewhere": {"name": "mai-1-moe", "expert": 16, "tensor": 8},
+}
+
+
+@pytest.mark.parametrize("settings", PLANNED.values(), ids=PLANNED)
+def test_the_plan_agrees_in_other_layouts(settings):
+    settings = {"name": "llama-3-8b", "n": 1} | settings
+    name, n = settings.pop("name"), settings.pop("n")
+    parallel = ParallelConfig(**{"recompute": "full"} | settings)
+    config = dataclasses.replace(load_config(name), parallel=parallel)
+    ranks = 64 * 16 // parallel.tensor // parallel.context // parallel.pipeline  # that read different data
+    train = dataclasses.replace(config.train, batch_tokens=n * ranks * config.sequence_length, micro_batch=1)
+    config = dataclasses.replace(config, train=train)
+    layers = 8 * parallel.stages_per_rank
+    counted, planned = simulate(config, 64 * 16, layers=layers, micro_batches=n), plan(config, 64 * 16)
+    assert planned.memory["peak"] == pytest.approx(counted.peak, rel=0.03)
+    assert planned.flops["computed_per_token"] == pytest.approx(counted.flops_per_token, rel=0.03)
 
 
 def test_between_micro_batches_gradients_are_shares_again():
@@ -215,8 +312,14 @@ def test_the_command(capsys):
     (["--world-size", "0"], "world_size 0 must be at least 1"),
     (["--layers", "4"], "layers 4 must be 8 at least; the model has 4"),
     (["--imbalance", "2"], "imbalance is between the ranks of an expert axis; set parallel.expert"),
+    (["--stage", "1"], "stage 1 is none of parallel.pipeline 1; the last is 0"),
     (["--parallel.pipeline", "2", "--world-size", "2"],
-     "simulate has no pipeline stages yet; set parallel.pipeline 1"),
+     "parallel pipeline needs model.tied_embeddings false: the embedding is in the first stage, and the head in the "
+     "last"),
+    (["--parallel.pipeline", "2", "--world-size", "2", "--micro-batches", "1"],
+     "micro_batches 1 must be 2 or more, as 2 ranks of a pipeline need"),
+    (["--parallel.pipeline", "2", "--world-size", "2", "--layers", "3"],
+     "layers 3 must be 8 at least, and a multiple of 4: half of it must fill the stages evenly; the model has 4"),
     (["--world", "2"], "Unrecognized options: --world, 2"),
 ])
 def test_what_cannot_be_is_one_line(arguments, line, capsys):
