@@ -48,6 +48,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class Embedding(nn.Embedding):
+    """`ops.embedding` with its weight."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
 class RMSNorm(Part):
     """`ops.rms_norm` with its weight; with a residual, (x + residual, the norm of that)."""
 

@@ -23,7 +23,7 @@ from nanomai import ops, rope
 from nanomai.architecture import ConfigError, ModelConfig
 from nanomai.float8 import STEP
 from nanomai.kernels import parse as parse_kernels
-from nanomai.layers import MLP, NORMS, Linear, Part, RMSNorm
+from nanomai.layers import MLP, NORMS, Embedding, Linear, Part, RMSNorm
 from nanomai.masks import Mask, block_sparse_mask, training_mask
 from nanomai.mla import LatentAttention
 from nanomai.moe import MoE
@@ -112,9 +112,9 @@ class Transformer(Part):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         learned = config.position == "learned"
-        self.positions = nn.Embedding(config.context_length, config.d_model) if learned else None
+        self.positions = Embedding(config.context_length, config.d_model) if learned else None
         # keyed by the global layer index, so that a pipeline stage holds a slice under the same names
         self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layers)})
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps)

@@ -34,6 +34,31 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+# --- Embeddings -------------------------------------------------------------------------------------------------------
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """weight[ids], of ids (...) and (V, D) -> (..., D). A row's gradient is summed in float32 at least.
+
+    A GPU's `F.embedding` does so; a CPU's adds bfloat16 to bfloat16, and of a frequent token's gradient much is lost.
+    """
+    return _Embedding.apply(ids, weight)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype = len(weight), weight.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, d_x):
+        d_x = d_x.to(_wide(d_x)) if d_x.device.type == "cpu" else d_x
+        d_weight = torch.ops.aten.embedding_dense_backward(d_x, ctx.saved_tensors[0], ctx.rows, -1, False)
+        return None, d_weight.to(ctx.dtype)
+
+
 # --- Normalisation ----------------------------------------------------------------------------------------------------
 
 

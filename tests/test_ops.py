@@ -35,7 +35,20 @@ def bf16_error(fast, inputs) -> float:
     return ((fast(*inputs).double() - exact).abs().max() / exact.abs().max()).item()
 
 
-# --- norms and rotations
+# --- embeddings, norms and rotations
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 123)])
+def test_embedding(shape):
+    ids, weight = torch.randint(31, shape, generator=torch.Generator().manual_seed(0)), randn(31, 7)
+    same(lambda w: ops.embedding(ids, w), lambda w: w[ids], (weight,))
+
+
+def test_a_frequent_token_has_its_whole_gradient_in_bfloat16():
+    """Added up in bfloat16, 4,096 ones are 256: one more is then too little to be seen."""
+    weight = randn(2, 3, dtype=torch.bfloat16)
+    ops.embedding(torch.zeros(4096, dtype=torch.long), weight).sum().backward()
+    assert weight.grad.tolist() == [[4096.0] * 3, [0.0] * 3]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from nanomai.ops import IGNORE
+from nanomai.ops import IGNORE, embedding
 from nanomai.parallel.collectives import gather, gathered, scatter_sum, to_all, total
 from nanomai.parallel.limits import check_tensor
 from nanomai.parallel.shares import cut, see_own_parts
@@ -104,7 +104,7 @@ class _Sequence:
         weight = embed.weight
         mine = ids - self.rank * len(weight)
         known = (mine >= 0) & (mine < len(weight))
-        x = F.embedding(mine.masked_fill(~known, 0), weight) * known[..., None]
+        x = embedding(mine.masked_fill(~known, 0), weight) * known[..., None]
         return scatter_sum(x, 1, self.group) if self.split else total(x, self.group)
 
     def own(self, x: Tensor) -> Tensor:
