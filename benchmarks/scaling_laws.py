@@ -4,8 +4,8 @@
     python benchmarks/scaling_laws.py --only rates   # one part of it anew: iso_flop, held_out, rates
 
 `iso_flop`: under each budget of training FLOPs, models from small to large, each with the tokens that the budget pays
-for. L = E + A / N^a + B / D^b is fitted to all of them. `held_out`: a run of four times the largest budget, whose
-predicted loss is written down before it is trained. `rates`: whether the learning rate suits small and large.
+for. L = E + A / N^a + B / D^b is fitted to all of them. `held_out`: runs of four times the largest budget, whose
+predicted losses are written down before they are trained. `rates`: whether the learning rate suits small and large.
 
 A seed draws the initial weights and the order of the text, which all runs of a seed share. The text is the standard
 library of the running Python, by bytes as tokens; no run reads any of it twice. `notebooks/08_scaling_laws` reads what
@@ -39,7 +39,7 @@ EVALUATED = 512  # held-out windows
 
 MUON = OptimConfig(name="muon", lr=0.02, schedule="wsd", warmup_steps=10, decay_fraction=0.5, min_lr_ratio=0.05)
 WIDTHS = {2e10: [8, 16, 24, 32, 48], 6e10: [16, 24, 32, 48, 64], 1.8e11: [24, 32, 48, 64, 96]}
-HELD_OUT = {"width": 48, "tokens": 1_540_000}  # four times the largest budget
+HELD_OUT = {96: 448_000, 48: 1_540_000}  # width: tokens; four times the largest budget
 RATES = (16, 2e10, (0.005, 0.01, 0.02, 0.04)), (64, 6e10, (0.005, 0.01, 0.02, 0.04))  # width, budget, rates
 
 
@@ -120,15 +120,13 @@ def iso_flop(result: dict, prepared: Prepared, seeds: list[int]) -> None:
 
 
 def held_out(result: dict, prepared: Prepared, seeds: list[int], out: Path) -> None:
-    width, steps = HELD_OUT["width"], round(HELD_OUT["tokens"] / BATCH)
-    row = described(width, steps)
-    row["predicted"] = predict(result["fit"], row["parameters"], row["tokens"])
-    result["held_out"] = row
-    write(result, out)  # before it is trained
-    row["loss"] = []
-    for seed in seeds:
-        row["loss"].append(round(train(model_of(width), prepared, MUON, steps, seed), 5))
-    print(f"held out: predicted {row['predicted']:.4f}, measured {row['loss']}", flush=True)
+    result["held_out"] = [described(width, round(tokens / BATCH)) for width, tokens in HELD_OUT.items()]
+    for row in result["held_out"]:
+        row["predicted"] = predict(result["fit"], row["parameters"], row["tokens"])
+    write(result, out)  # before they are trained
+    for row in result["held_out"]:
+        row["loss"] = [round(train(model_of(row["width"]), prepared, MUON, row["steps"], seed), 5) for seed in seeds]
+        print(f"held out: predicted {row['predicted']:.4f}, measured {row['loss']}", flush=True)
 
 
 def rates(result: dict, prepared: Prepared) -> None:

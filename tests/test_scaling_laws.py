@@ -12,7 +12,7 @@ COMMITTED = json.loads((scaling_laws.RESULTS / "scaling_laws.json").read_text(en
 
 
 def test_the_results_are_of_these_models_and_recipes():
-    for row in (*COMMITTED["runs"], COMMITTED["held_out"]):
+    for row in (*COMMITTED["runs"], *COMMITTED["held_out"]):
         assert row.items() >= scaling_laws.described(row["width"], row["steps"]).items()
         assert len(row["loss"]) == len(COMMITTED["seeds"]) >= 3
     widths = {budget: [row["width"] for row in COMMITTED["runs"] if row["budget"] == budget]
@@ -31,12 +31,13 @@ def test_equal_compute():
 def test_the_law_and_the_prediction_are_of_these_runs():
     law = scaling_laws.fit(COMMITTED["runs"], [statistics.mean(row["loss"]) for row in COMMITTED["runs"]])
     assert law == pytest.approx(COMMITTED["fit"], rel=1e-3, abs=1e-3)
-    far = COMMITTED["held_out"]
-    assert far["predicted"] == pytest.approx(scaling_laws.predict(law, far["parameters"], far["tokens"]), rel=1e-4)
+    assert {far["width"] for far in COMMITTED["held_out"]} == set(scaling_laws.HELD_OUT)
+    for far in COMMITTED["held_out"]:
+        assert far["predicted"] == pytest.approx(scaling_laws.predict(law, far["parameters"], far["tokens"]), rel=1e-4)
+        assert far["flops_per_token"] * far["tokens"] > 3.5 * max(scaling_laws.WIDTHS)
+        assert all(abs(loss / far["predicted"] - 1) < 0.05 for loss in far["loss"])
     assert far["predicted"] < min(min(row["loss"]) for row in COMMITTED["runs"]), "beyond all that was fitted"
     assert far["tokens"] > max(row["tokens"] for row in COMMITTED["runs"])
-    assert far["flops_per_token"] * far["tokens"] > 3.5 * max(scaling_laws.WIDTHS)
-    assert all(abs(loss / far["predicted"] - 1) < 0.05 for loss in far["loss"])
 
 
 def test_the_fit_finds_what_was_planted():
@@ -52,7 +53,7 @@ def test_the_script_runs(tmp_path, monkeypatch):
     for i in range(40):  # enough documents that some are held out
         (tmp_path / "text" / f"{i}.txt").write_text(f"{i} plums and {i + 1} pears make {2 * i + 1} fruits. " * 20)
     monkeypatch.setattr(scaling_laws, "WIDTHS", {6e7: [8, 16], 1.2e8: [8, 16], 2.4e8: [8, 16]})
-    monkeypatch.setattr(scaling_laws, "HELD_OUT", {"width": 24, "tokens": 1500})
+    monkeypatch.setattr(scaling_laws, "HELD_OUT", {24: 1500})
     monkeypatch.setattr(scaling_laws, "RATES", ((16, 6e7, (0.01, 0.02)),))
     monkeypatch.setattr(scaling_laws, "EVALUATED", 4)
     command = ["scaling_laws.py", "--corpus", str(tmp_path / "text"), "--data", str(tmp_path / "data"), "--out",
@@ -60,7 +61,7 @@ def test_the_script_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", command)
     scaling_laws.main()
     result = json.loads((tmp_path / "scaling_laws.json").read_text(encoding="utf-8"))
-    assert [len(row["loss"]) for row in result["runs"]] == [2] * 6 and len(result["held_out"]["loss"]) == 2
+    assert [len(row["loss"]) for row in result["runs"]] == [2] * 6 and len(result["held_out"][0]["loss"]) == 2
     assert result["rates"].keys() == {"16"} and result["rates"]["16"].keys() == {"0.01", "0.02"}
     monkeypatch.setattr(sys, "argv", [*command, "--only", "rates"])
     scaling_laws.main()
