@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -328,3 +329,11 @@ def test_batches_share_their_micro_batch_rule():
     assert config.batches == [(5, 8192), (3, 16384)]
     assert config.micro_batch(2) == 16 and dataclasses.replace(
         config, train=dataclasses.replace(config.train, micro_batch=3)).micro_batch(2) == 3
+
+
+def test_planning_needs_no_torch():
+    """Whose import alone would take longer than a plan."""
+    code = "import sys; from nanomai.planner import plan; from nanomai.config_file import load_config; "
+    code += "plan(load_config('mai-1-dense'), 1024); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
