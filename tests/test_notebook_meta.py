@@ -211,7 +211,7 @@ BUGS = {
     ],
     "12_memory_and_checkpointing": [
         Bug("kept bytes: one copy of the hidden units is not counted", "planner/counts.py",
-            'copies = {"swiglu": 4, ', 'copies = {"swiglu": 3, ', soak=True),
+            'COPIES = {"swiglu": 4, ', 'COPIES = {"swiglu": 3, ', soak=True),
         Bug("selective recomputation keeps no products", "parallel/recompute.py",
             "keep = op in KEPT or (op.namespace", "keep = (op.namespace", soak=True),
         Bug("full recomputation is left out", "parallel/recompute.py",
