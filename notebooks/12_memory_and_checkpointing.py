@@ -128,14 +128,14 @@ assert numbers["a + b"] == 0 and numbers["a * b"] == 2
 # connection by itself keeps nothing.
 #
 # Now a whole block. By hand, in numbers for each token, with the letters of
-# the package ($D$ width, $HK$ all query heads, $GK$ all key heads, $F$ the
-# MLP's width):
+# the package ($D$ is the width, $F$ the MLP's; there are $H$ heads of queries
+# and $G$ of keys, of $K$ numbers each):
 #
 # | kept | numbers | for |
 # |---|---|---|
 # | inputs of two norms | $2D$ | the norms |
 # | their results | $2D$ | the products with $W_q, W_k, W_v$; gate and up |
-# | queries, keys, values, turned | $HK + 2GK$ | attention |
+# | queries and keys, turned by RoPE; values | $HK + 2GK$ | attention |
 # | its result, and a log-sum-exp | $HK + H$ | attention |
 # | its result with heads in a row | $HK$ | the product with $W_o$ |
 # | gate, silu(gate), up, their product | $4F$ | SwiGLU, and down |
@@ -166,8 +166,8 @@ assert measured == by_hand == planner + 16
 # statistics. (With RMSNorm it would be off by more: the CPU has no fused one
 # and keeps its normalised input as well, which a GPU does not.) What is not in
 # the number: rotary tables, which all layers share; in bfloat16, the casts of
-# weights, which autograd keeps and the planner books elsewhere; temporaries
-# within an operation, which no hook sees. And the planner speaks of *flash*
+# weights, which autograd keeps and the planner counts apart, as `gathered`;
+# temporaries within an operation, which no hook sees. And the planner speaks of *flash*
 # attention. For short texts on a CPU the package takes the plain formula,
 # whose $T \times T$ probabilities are kept:
 #
@@ -351,8 +351,7 @@ assert peaks["full"] < 0.4 * peaks["none"]
 #
 # The price is arithmetic. A forward pass costs a third of a step, so `full`
 # should cost a third more, at most: the last product of a block need not be
-# done again, since nothing asks for the block's output, and neither does the
-# head.
+# done again, since no gradient asks for its result, nor need the head's.
 
 # %%
 flops = {}
@@ -366,7 +365,9 @@ assert ratio["selective"] == 1 and 1.2 < ratio["full"] < 4 / 3
 
 # %% [markdown]
 # Selective repeats no product at all. It keeps most of the bytes, though;
-# which to take depends on what is scarce.
+# which to take depends on what is scarce. (In the paper that coined the word
+# it meant less: to compute again the $T \times T$ probabilities alone. A flash
+# kernel does that anyway.)
 #
 # Break it. Running twice must give the same twice. A block that draws random
 # numbers, as dropout does, draws others the second time, and then the
@@ -465,8 +466,8 @@ for k, peak in zip(ks, measured, strict=True):
 # *checkpoints*: weights, moments, and its place in the data. The plainest way
 # is to overwrite a file.
 #
-# > **Predict.** The process is killed while it writes the second of two
-# > files. What does loading say?
+# > **Predict.** The process is killed between the first file and the second.
+# > What does loading say?
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -494,7 +495,7 @@ except RuntimeError as error:
     print("half a file:", type(error).__name__, "and the one before is gone")
 
 # %% [markdown]
-# Nothing, in the worse case: it loads, and is a mixture of two models. Three
+# In the worse case nothing: it loads, and is a mixture of two models. Three
 # rules help. Never overwrite: each checkpoint is a folder of its own. Write
 # under another name and *rename* when all is done; a rename happens or does
 # not. And say in a *manifest*, written last, what must be there: names, sizes
@@ -775,14 +776,14 @@ exercises.check_bytes_saved(bytes_saved)
 #
 # - 16 bytes a parameter whatever the batch, and activations that grow with
 #   it: autograd keeps what its formulas read, and nothing else.
-# - Recomputation trades a third more arithmetic for all but a block's input;
-#   the gradients are the same if the second run is.
+# - Recomputation spares all but a block's input, for a third more arithmetic
+#   at most; the gradients are the same if the second run is.
 # - A checkpoint is written beside, checked, and renamed: at each moment there
 #   is a whole one, and a torn one is known by its manifest.
 #
 # **What real systems do differently.** They compile blocks, so that fewer
-# tensors are kept; move activations to the CPU's memory and back; keep some
-# of them in 8 bits; choose what to recompute by solving for the fastest plan
+# tensors are kept (`train.compile`: the package can, too); move activations
+# to the CPU's memory and back; keep some of them in 8 bits; choose what to recompute by solving for the fastest plan
 # that fits; keep copies of checkpoints in the memory of other machines.
 #
 # **Read on.** [`nanomai/parallel/recompute.py`](../nanomai/parallel/recompute.py),
