@@ -206,7 +206,9 @@ print(config.n_parameters, "parameters; every gradient is clipped:",
 # %% [markdown]
 # For our ranks a model is one long vector, of which the parameters are slices.
 # AdamW is that of `06_training`; it treats every number by itself, so it works
-# on any piece of the vector.
+# on any piece of the vector. (Muon does not: it needs a matrix whole. So ranks of
+# the package change parts of all matrices for some whole ones and back, by two
+# all-to-alls of `nanomai/optim.py`.)
 
 # %%
 model = nanomai.build_model(config, seed=13)
@@ -319,7 +321,7 @@ except AssertionError as error:
     print("the copies differ:", type(error).__name__)
 
 # %% [markdown]
-# Both losses fall, and the copies are as far apart as each of them has moved.
+# Both losses fall, and the copies are farther apart than the first has moved.
 # Two models are being trained on half the data each, and rank 0 will save one
 # of them. Only a comparison of the ranks shows it.
 #
@@ -543,8 +545,8 @@ print("bytes of a block:", unit_bytes["0"], "of the root:",
 # %% [markdown]
 # Stage 3 is a saw of one block's height with a tooth for each block and
 # pass. Stage 2 spares the gathers of the backward pass and ends with the whole
-# model. The floor is the root: here a quarter of everything, in a large model
-# little more than nothing.
+# model. The floor is the root: here a quarter of everything, of 500 billion
+# parameters less than a hundredth.
 #
 # ## 5 What a rank holds
 #
@@ -618,8 +620,8 @@ assert 1.5 < share < 4
 # So far our ranks took turns in one process. The package lays the same over
 # real ones: `parallelize` calls PyTorch's `fully_shard` on each block and on
 # the rest, and hooks gather, drop and scatter. `launch` starts two processes
-# that talk over gloo, the CPU's counterpart of NCCL, and kills them at a
-# timeout. A new process knows nothing of a notebook's cells, so what it runs
+# that talk over gloo (a library of collectives for CPUs, as NCCL is for GPUs),
+# and kills them at a timeout. A new process knows nothing of a notebook's cells, so what it runs
 # lives in the package:
 # [`train_sharded`](../nanomai/exercises/data_parallel.py), 20 lines. Each
 # rank leaves its rows in a file.
@@ -864,9 +866,10 @@ exercises.check_bytes_sent(bytes_sent)
 #   divided once by the number of all labels, and clipped by one norm.
 #
 # **What real systems do differently.** They gather the next block while this
-# one computes, send bfloat16 or fp8, use trees and switches that add up in the
-# network, keep a copy in each machine and sum between machines (HSDP:
-# `parallel.replicas`), and shard only as far as the network is fast.
+# one computes, and send bfloat16 (so does the package, by FSDP2) or fp8; use
+# trees, and switches that add up in the network; keep a copy in each machine
+# and sum between machines (HSDP: `parallel.replicas`); shard only as far as the
+# network is fast.
 #
 # **Read on.** [`nanomai/parallel/fsdp.py`](../nanomai/parallel/fsdp.py),
 # [`nanomai/parallel/apply.py`](../nanomai/parallel/apply.py)
