@@ -13,10 +13,12 @@
 # **You will be able to**
 # - say where a sum between ranks belongs, forward and backward;
 # - draw a pipeline's schedule and predict how long its ranks wait;
-# - send tokens to experts on other ranks, and share one long sequence;
+# - send tokens to experts on other ranks, and share one long sequence in two
+#   ways;
 # - choose which axis goes inside a machine.
 
 # %%
+import math
 import tempfile
 from dataclasses import replace
 from itertools import zip_longest
@@ -258,7 +260,8 @@ jobs = {"tensor": (config, ParallelConfig(tensor=2)),
         "interleaved": (config, ParallelConfig(pipeline=2,
                                                stages_per_rank=2)),
         "expert": (experts, ParallelConfig(expert=2)),
-        "context": (config, ParallelConfig(context=2))}
+        "context": (config, ParallelConfig(context=2)),
+        "heads": (config, ParallelConfig(context=2, context_by="heads"))}
 rows = torch.randint(130, (4, 17), generator=generator)
 ids, targets = rows[:, :-1], rows[:, 1:]  # (B, T)
 with tempfile.TemporaryDirectory() as folder:
@@ -314,8 +317,8 @@ assert counts["all_reduce"] == 2 * 4 + 1
 # order is the *schedule*, and it is no more than a list:
 #
 # - **GPipe:** all forwards, then all backwards.
-# - **1F1B:** as many forwards as there are stages behind, then one forward
-#   and one backward in turn.
+# - **1F1B:** as many forwards as there are stages after this one, then one
+#   forward and one backward in turn.
 # - **Interleaved:** $v$ smaller stages on each rank, $p$ micro-batches at a
 #   time through each.
 
@@ -342,7 +345,7 @@ print("1F1B, rank 0 of 2, 3 micro-batches:",
 
 # %% [markdown]
 # An event loop plays any schedule. A forward waits for the stage before it, a
-# backward for the stage behind it; we say that a rank's forward takes one unit
+# backward for the stage after it; we say that a rank's forward takes one unit
 # of time and its backward two.
 
 # %%
@@ -614,9 +617,12 @@ assert all(abs(n / mean - (2 * r + 1) / 8) < 0.01
            for r, n in enumerate(in_order))
 
 # %% [markdown]
-# About fifteen times. In zigzag, a piece and its mirror image, all work
-# equally. Now the attention: own queries, all keys in whatever order the ranks
-# bring them, and a mask that compares *positions*, not places.
+# About fifteen times. In zigzag, a piece and its mirror image, all have equally
+# many pairs. (A rank gains by it if its kernel skips what the mask forbids. One
+# that is given the mask as a matrix, as the package's is here, computes every
+# pair, wherever the pieces lie.) Now the attention: own queries, all keys in
+# whatever order the ranks bring them, and a mask that compares *positions*, not
+# places.
 
 # %%
 q, k, v = (randn(2, 4, 16, 8) for _ in range(3))  # (B, H, T, K)
@@ -627,13 +633,19 @@ for mine in own:
     mask = mine[:, None] >= everyone  # (T / R, T)
     y[:, :, mine] = F.scaled_dot_product_attention(
         q[:, :, mine], k[:, :, everyone], v[:, :, everyone], mask)
-plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-assert_close(y, plain)
-for a, b in zip(*(torch.autograd.grad(out.pow(2).sum(), (q, k, v))
-                  for out in (y, plain)), strict=True):
-    assert_close(a, b)
+
+
+def check_attention(y):
+    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_close(y, plain)
+    for a, b in zip(*(torch.autograd.grad(out.pow(2).sum(), (q, k, v))
+                      for out in (y, plain)), strict=True):
+        assert_close(a, b)
+    print("equal to plain attention, with the gradients of q, k and v")
+
+
 print("order of the keys:", *everyone.tolist())
-print("equal to plain attention, with the gradients of q, k and v")
+check_attention(y)
 
 # %% [markdown]
 # In `nanomai/parallel/context.py` the model learns nothing of this. It already
@@ -657,6 +669,64 @@ print("gathers of keys and values in a layer:",
 assert counts["all_gather_into_tensor"] == 2 * 4
 
 # %% [markdown]
+# **Or by heads** (*Ulysses*). Heads do not look at one another. So a rank may
+# give away its positions of the others' heads, for all positions of its own:
+# an all-to-all. It attends as one process would, in order, with the plain causal
+# mask that kernels know, and a second all-to-all changes back. Consecutive
+# pieces do, since in attention every rank has every position.
+
+# %%
+def swap(parts, cut, join):
+    """A part of dimension `cut` for the parts of `join`, on every rank"""
+    boxes = all_to_all([x.chunk(R, cut) for x in parts])
+    return [torch.cat(box, join) for box in boxes]
+
+
+by_heads = [swap(x.chunk(R, 2), 1, 2) for x in (q, k, v)]
+print("a rank's queries:", tuple(by_heads[0][0].shape))
+ys = [F.scaled_dot_product_attention(*qkv, is_causal=True)
+      for qkv in zip(*by_heads, strict=True)]  # R of (B, H / R, T, K)
+check_attention(torch.cat(swap(ys, 2, 1), 2))
+
+# %% [markdown]
+# In the package `Heads` does so around the attention of each block. Queries,
+# keys, values and results change places, and so do their gradients: eight
+# all-to-alls a layer.
+
+# %%
+compare("heads")
+counts = found["heads"][0]["collectives"]
+print("all-to-alls in a layer:", counts["all_to_all_single"] // 4)
+assert counts["all_to_all_single"] == 8 * 4
+
+# %% [markdown]
+# To gather keys and values a rank sends $2GTK\,(R-1)/R$ numbers. By heads it
+# changes $(2H + 2G)\,TK/R$ of its own, queries, results, keys and values, and
+# keeps one part in $R$ of them. (Where $R$ does not divide $G$, key heads are
+# copied first until it does.)
+#
+# > **Predict.** From how many ranks on do heads send less: with a key head for
+# > each query head? With one for eight, as in `mai-1-moe`?
+
+# %%
+def heads_over_keys(H, G, R):
+    return (2 * H + 2 * math.lcm(G, R)) / R / (2 * G)
+
+
+for G in (64, 8):
+    ratios = {ranks: heads_over_keys(64, G, ranks) for ranks in (2, 4, 8, 16)}
+    print(f"64 heads, {G:2} of keys:",
+          *(f"{ranks} ranks {ratio:.2f} " for ranks, ratio in ratios.items()))
+    assert ratios[2] == (64 + G) / (2 * G)
+assert heads_over_keys(64, 8, 8) > 1 > heads_over_keys(64, 8, 16)
+
+# %% [markdown]
+# With a key head each, as soon as there are more than two ranks; with one for
+# eight, from sixteen on: grouped heads make the gather cheap. What speaks for
+# heads all the same is that no rank holds the keys of all of them, and that any
+# kernel of one rank serves. What limits them is their number: ranks must divide
+# it, or `parallel.context_by heads` is refused.
+#
 # ## 7 At 500B
 #
 # `mai-1-dense` is this project's own proposal; nothing of MAI-1's
@@ -664,8 +734,11 @@ assert counts["all_gather_into_tensor"] == 2 * 4
 # over 16, on 1,024 H100s: a GPU computes with a 64th of the model. What does
 # one in a middle stage send while one sequence of 8,192 tokens passes,
 # forward and back, in bfloat16? Tensor, pipeline and context follow from
-# what we counted. FSDP gathers each weight once in a step (2 bytes) and
-# sums its gradient once (4 bytes), for all 128 sequences that a rank reads.
+# what we counted. (Recomputation, which the proposal needs, would repeat three
+# of tensor's eight collectives.) FSDP gathers each weight once in a step (2
+# bytes) and sums its gradient once (4 bytes), for all 128 sequences that a rank
+# reads. Context is by keys: tensor 8 leaves a GPU 18 heads, which four ranks
+# cannot share.
 #
 # > **Predict.** Order by bytes: tensor, pipeline, FSDP, and context 4 if we
 # > had it too.
@@ -692,7 +765,7 @@ plt.show()
 assert sent["tensor 8"] > 50 * max(list(sent.values())[1:])
 
 # %% [markdown]
-# Tensor parallel sends nearly a hundred times more than any other and is waited
+# Tensor parallel sends nearly a hundred times as much as any other and is waited
 # for eight times a block; a pipeline sends next to nothing. What does that
 # mean in seconds, by the makers' figures for an H100's links inside a machine
 # and for the network between machines? For arithmetic we assume 40 % of the
@@ -833,13 +906,14 @@ sharing.check_choose_mesh(choose_mesh)
 # - Tensor parallel cuts products by columns, then rows, and sums once; each
 #   block costs eight collectives, so it lives inside a machine.
 # - A pipeline sends little and waits $(p-1)/(vm+p-1)$ of the time; expert
-#   parallel sends tokens, context parallel keys and values.
+#   parallel sends tokens, context parallel keys and values, or positions in
+#   exchange for heads.
 # - A forgotten sum fits all shapes. Compare gradients with one process.
 #
 # **What real systems do differently.** They hide collectives behind products
 # by cutting both in pieces, split the backward in two to fill the bubble
-# (zero bubble, DualPipe), send tokens to few machines, and share a sequence by
-# heads (Ulysses) or pass keys around a ring when all of them do not fit.
+# (zero bubble, DualPipe), send tokens to few machines, pass keys around a ring
+# when all of them do not fit, and share by heads and by keys at once.
 #
 # **Read on.** [`tensor.py`](../nanomai/parallel/tensor.py),
 # [`pipeline.py`](../nanomai/parallel/pipeline.py),

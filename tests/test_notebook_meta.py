@@ -243,6 +243,8 @@ BUGS = {
             "device=x.device).repeat(size)", "device=x.device).repeat_interleave(size)", soak=True),
         Bug("context parallel: consecutive pieces", "parallel/context.py",
             "(pieces[rank], pieces[-1 - rank])", "(pieces[2 * rank], pieces[2 * rank + 1])", soak=True),
+        Bug("context parallel by heads: positions come in the wrong order", "parallel/collectives.py",
+            "torch.cat(parts.unbind(), join)", "torch.cat(parts.flip(0).unbind(), join)", soak=True),
     ],
     "15_planning_a_500b_run": [
         Bug("attention is counted without its mask", "architecture.py",
