@@ -677,6 +677,10 @@ print(f"a rank sends {sent / 4 / N:.2f} numbers for each parameter;",
 # sends $3\,(W-1)/W$ numbers a parameter instead of $2\,(W-1)/W$. Much
 # of it is hidden: while one block computes, the next is being gathered.
 #
+# A step of several micro-batches does all of this for each. Only with
+# `keep_gathered` the package sums once, after the last; until then every rank
+# holds all gradients whole, as in stage 1.
+#
 # ## 7 At 500B
 #
 # `mai-1-dense` is this project's own proposal of a dense model of the size
