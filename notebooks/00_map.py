@@ -504,7 +504,7 @@ house_map.check_widen(widen)
 # %%
 big = nanomai.load_config("mai-1-dense").model
 parameters = big.n_parameters
-tokens = 20 * parameters  # a rule of thumb; notebook 08, to come, measures it
+tokens = 20 * parameters  # a rule of thumb; notebook 08 says whence it comes
 flops = tokens * big.flops_per_token()
 print(f"{parameters:,} parameters, {big.n_layers} layers of {big.d_model:,}")
 print(f"{parameters / config.model.n_parameters:,.0f} times our model")

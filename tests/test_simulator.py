@@ -266,6 +266,8 @@ def test_the_plan_agrees_in_other_layouts(settings):
     counted, planned = simulate(config, 64 * 16, layers=layers, micro_batches=n), plan(config, 64 * 16)
     assert planned.memory["peak"] == pytest.approx(counted.peak, rel=0.03)
     assert planned.flops["computed_per_token"] == pytest.approx(counted.flops_per_token, rel=0.03)
+    sent = sum(seen["bytes"] for name, seen in counted.collectives.items() if name.startswith("context: a"))
+    assert planned.communication["context"] == pytest.approx(sent * (1 - 1 / parallel.context), rel=0.03)
 
 
 def test_between_micro_batches_gradients_are_shares_again():

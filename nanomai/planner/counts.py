@@ -7,6 +7,7 @@ Everything is of one rank of one pipeline stage. `s` are the sizes of the axes (
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -216,13 +217,12 @@ def traffic_of(config: Config, s: dict[str, int], micro: int, count: int, stage:
     dense = 2 * (blocks.dense * gathers + root.all * root_gathers) + 4 * (blocks.dense + root.all) * sums
     again = p.recompute != "none"
     row = 2 * tokens * model.d_model * count  # bytes of the residual stream, all micro-batches
-    keys = 2 * micro * config.sequence_length * model.kv_cache_bytes_per_token() / model.n_layers / 2 * count
     return {
         "fsdp": others(shards) * dense,
         "fsdp of experts": others(shards / e) * (2 * gathers + 4 * sums) * blocks.experts,
         "replicas": 2 * others(s["replicas"]) * 4 * held,
         "tensor": others(t) * row * (layers * (11 if again else 8) + 2 * (stage == 0) + 2 * (stage > 0)),
-        "context": others(c) * keys / (1 if model.mla.kv_rank else t) * layers * (3 if again else 2),
+        "context": others(c) * _for_attention(model, p.context_by, c, t) * 2 * tokens * count * layers * (2 + again),
         "expert": others(e) * row * model.moe.experts_per_token * mixed * (6 if again else 4),
         "pipeline": row / t * _messages(s, p.stages_per_rank, stage)}
 
@@ -230,6 +230,15 @@ def traffic_of(config: Config, s: dict[str, int], micro: int, count: int, stage:
 def _messages(s: dict[str, int], v: int, stage: int) -> int:
     """Tensors that a rank sends for each micro-batch: every stage its result, and the gradient of its input."""
     return (s["pipeline"] > 1) * (2 * v - (stage == 0) - (stage == s["pipeline"] - 1))
+
+
+def _for_attention(model: ModelConfig, by: str, c: int, t: int) -> float:
+    """Numbers that go between context ranks in one forward pass of a layer, for each token that a rank has."""
+    if by == "keys":  # it gets those of all
+        return c * model.kv_cache_bytes_per_token() / model.n_layers / 2 / (1 if model.mla.kv_rank else t)
+    latent = model.mla.kv_rank > 0
+    heads, values = (model.n_heads, model.mla.v_dim) if latent else (model.n_kv_heads, model.head_dim)
+    return (model.n_heads / t + math.lcm(heads // t, c)) * (model.head_dim + values)
 
 
 @lru_cache(maxsize=256)
