@@ -18,7 +18,8 @@ STEP = 16  # what every dimension of a product must be a multiple of
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) in bfloat16, weight (M, K), bias (M,) -> (..., M), as `F.linear`; K and M are multiples of 16."""
     rows = x.flatten(0, -2)
-    y = _Linear.apply(F.pad(rows, (0, 0, 0, -len(rows) % STEP)), weight)[: len(rows)]
+    missing = -len(rows) % STEP
+    y = _Linear.apply(F.pad(rows, (0, 0, 0, missing)) if missing else rows, weight)[: len(rows)]  # padding copies
     y = y if bias is None else y + bias.to(x.dtype)
     return y.view(*x.shape[:-1], len(weight))
 

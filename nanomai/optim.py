@@ -84,7 +84,7 @@ def _orthogonalize_all(directions: list[Tensor], quintics: tuple) -> list[Tensor
     shape, x = x.shape, x.flatten(0, -3)  # (N, m', n')
     sharing = _sharing(directions[0])
     n_matrices, lengths = len(x), []
-    x = F.pad(x, (0, 0, 0, 0, 0, -n_matrices % math.prod(group.size() for group, _, _ in sharing)))
+    x = _filled_up(x, 0, n_matrices + -n_matrices % math.prod(group.size() for group, _, _ in sharing))
     for group, dim, length in sharing:
         if dim is None:
             x = x.chunk(group.size())[group.rank()]
@@ -100,7 +100,7 @@ def _orthogonalize_all(directions: list[Tensor], quintics: tuple) -> list[Tensor
 def _filled_up(x: Tensor, dim: int, length: int) -> Tensor:
     """(N, m, n) with zeros after what it has of `dim`, up to `length`, or without those that were filled in before."""
     missing = length - x.shape[dim]
-    return F.pad(x, (0, 0, 0, missing) if dim == 1 else (0, missing))
+    return F.pad(x, (0, 0) * (2 - dim) + (0, missing)) if missing else x  # which would be copied
 
 
 def _sharing(parameter: Tensor) -> list[tuple[dist.ProcessGroup, int | None, int]]:

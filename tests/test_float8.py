@@ -32,6 +32,14 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x * largest / step).round() * step
 
 
+@pytest.mark.parametrize("rows, copies", [(32, 0), (33, 1)])
+def test_activations_are_padded_only_where_rows_are_missing(monkeypatch, rows, copies):
+    pad, padded = F.pad, []
+    monkeypatch.setattr(F, "pad", lambda *given: padded.append(given) or pad(*given))
+    assert float8.linear(drawn(rows, 48), drawn(16, 48, seed=1)).shape == (rows, 16)
+    assert len(padded) == copies
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_quantized_is_the_nearest_value(dtype):
     x = drawn(64, 48)
