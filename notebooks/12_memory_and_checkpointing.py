@@ -366,8 +366,8 @@ assert ratio["selective"] == 1 and 1.2 < ratio["full"] < 4 / 3
 # %% [markdown]
 # Selective repeats no product at all. It keeps most of the bytes, though;
 # which to take depends on what is scarce. (In the paper that coined the word
-# it meant less: to compute again the $T \times T$ probabilities alone. A flash
-# kernel does that anyway.)
+# only the $T \times T$ matrices of attention are computed again. A flash kernel
+# does that anyway.)
 #
 # Break it. Running twice must give the same twice. A block that draws random
 # numbers, as dropout does, draws others the second time, and then the

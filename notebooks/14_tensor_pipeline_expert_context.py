@@ -580,8 +580,8 @@ assert times == 4 * 5
 # gathers everyone's keys and values, which are few with grouped heads. But a
 # causal mask makes late positions work harder.
 #
-# > **Predict.** Eight ranks, consecutive pieces. How much more does the last
-# > compute than the first?
+# > **Predict.** Eight ranks, consecutive pieces. How many more pairs of query
+# > and key does the last have than the first?
 
 # %%
 def zigzag(T, R, r):
@@ -607,7 +607,7 @@ plt.bar([r + 0.2 for r in ranks], [n / mean for n in mirrored], 0.4,
 plt.plot(ranks, [(2 * r + 1) / 8 for r in ranks], "k.--",
          label="(2 r + 1) / R")
 plt.xlabel("rank r of 8")
-plt.ylabel("attention's work / mean")
+plt.ylabel("pairs of query and key / mean")
 plt.legend()
 plt.show()
 print(f"last over first: {in_order[-1] / in_order[0]:.1f} in order,",
@@ -617,10 +617,10 @@ assert all(abs(n / mean - (2 * r + 1) / 8) < 0.01
            for r, n in enumerate(in_order))
 
 # %% [markdown]
-# About fifteen times. In zigzag, a piece and its mirror image, all have equally
-# many pairs. (A rank gains by it if its kernel skips what the mask forbids. One
-# that is given the mask as a matrix, as the package's is here, computes every
-# pair, wherever the pieces lie.) Now the attention: own queries, all keys in
+# About fifteen times as many. In zigzag, a piece and its mirror image, all have
+# equally many. (A rank gains by it if its kernel skips what the mask forbids.
+# One that is given the mask as a matrix, as the package's is here, computes
+# every pair, wherever the pieces lie.) Now the attention: own queries, all keys in
 # whatever order the ranks bring them, and a mask that compares *positions*, not
 # places.
 
