@@ -87,6 +87,7 @@ class Trainer:
         self.stop, self.after_step = StopSignal(tell=not report.console.quiet), lambda: None
         train = config.train
         self.layout = lay_out(config.parallel, mesh, device.type)
+        limits.check(config, self.layout.sizes)
         machine.prepare_process(train.threads)
         self.peak = machine.matmul_peak(device, getattr(torch, train.dtype))
         self.shown = mesh.from_main(lambda: not report.console.quiet)
@@ -185,10 +186,11 @@ class Trainer:
             return model.pipeline.forward_backward(*(x.to(self.device) for x in batch), train.micro_batch)
         loss = torch.zeros((), device=self.device)
         first = self.state.samples + self.layout.data_rank * len(batch.ids)  # this rank's first sample
+        part = 0 if (context := self.layout.axis("context")) is None else context.get_local_rank()
         micro_batches = list(zip(*(x.split(train.micro_batch) for x in batch), strict=True))
         for i, micro in enumerate(micro_batches, 1):
-            # what a router draws belongs to the samples, whichever rank or session has them
-            torch.manual_seed(make_key(train.seed, first + (i - 1) * train.micro_batch).item())
+            # what a router draws belongs to the samples and positions, whichever rank or session has them
+            torch.manual_seed(make_key(train.seed, first + (i - 1) * train.micro_batch).item() + part)
             fsdp.sum_after(model, last=i == len(micro_batches))
             micro_loss = model(*(x.to(self.device, non_blocking=True) for x in micro), reduction="sum")
             micro_loss.backward()

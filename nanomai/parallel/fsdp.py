@@ -22,7 +22,8 @@ from nanomai.parallel.pipeline import stages_of
 def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: bool = False) -> None:
     """Shares out each block, and then what is left: embeddings, the last norm, the head.
 
-    Parameters travel as `dtype`, which is what every projection would cast them to; gradients are summed in float32.
+    Parameters travel as `dtype`, to which every projection would cast them, and norms and routers, which compute in
+    float32, see them rounded so; gradients are summed in float32.
     `keep_gathered` spares the second gathering of each block, and the sums of all micro-batches but the last; it costs
     the memory of the whole model, and of its gradients between micro-batches (ZeRO 1 and 2).
     """
