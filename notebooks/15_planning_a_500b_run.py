@@ -554,13 +554,14 @@ assert goodputs == sorted(goodputs, reverse=True)
 assert goodputs[-1] < assumed.goodput < goodputs[0]
 
 # %% [markdown]
-# The 90 % that the planner assumes lie in between, if saves are frequent
-# enough; and they must also pay for evaluations, and for what no model of
-# independent failures knows. (Llama 3's report says more than 90 %, on 16,384.)
-# The last column takes the interval of our proposal's file. It is a lesson in
-# itself: an interval in *steps* means something else on every cluster. A save
-# that goes on beside training (`nanomai/checkpoint.py`) has a smaller $C$, and
-# so may come more often.
+# The 90 % that the planner assumes lie in between, if saves are neither too
+# rare nor too frequent; and they must also pay for evaluations, and for what no
+# model of independent failures knows. (Llama 3's report says more than 90 %, on
+# 16,384.)
+# The last column takes the interval of our proposal's file: chosen for the two
+# smaller clusters, it is too short for the largest. An interval in *steps* means
+# something else on every cluster. A save that goes on beside training
+# (`nanomai/checkpoint.py`) has a smaller $C$, and so may come more often.
 #
 # ## 8 At 500B: dense or experts?
 #
