@@ -27,7 +27,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanomai
-from nanomai import ops, optim
+from nanomai import float8, ops, optim
 from nanomai.config import (
     Config,
     DataConfig,
@@ -825,8 +825,27 @@ assert_close(found["float8_e4m3fn "][-1], (127 / 511) ** 0.5, rtol=0.02,
 # dotted line. DeepSeek-V3 reports such blocks, and `nanomai import` reads its
 # files of e4m3 (`hub/source.py`). Its report also promotes the sums inside a
 # product to float32 every 128 terms, as the hardware's own were too narrow.
-# `nanomai` does not train in float8.
 #
+# `train.float8` (`nanomai/float8.py`) is the simple way, one scale for each
+# tensor: activations and weights of a block's projections become e4m3,
+# gradients, which span more, e5m2. Masters stay float32. By hand:
+
+# %%
+a, b = x.bfloat16().requires_grad_(), w.T.contiguous().requires_grad_()
+y = float8.linear(a, b)
+d_y = torch.randn(y.shape, generator=generator).bfloat16()
+y.backward(d_y)
+x8 = quantise(a.detach().float(), "float8_e4m3fn")
+w8 = quantise(b.detach(), "float8_e4m3fn")
+d8 = quantise(d_y.float(), "float8_e5m2")
+for name, packages, ours in (("y", y, x8 @ w8.T), ("d x", a.grad, d8 @ w8),
+                             ("d w", b.grad, d8.T @ x8)):
+    off = error(packages.detach().float(), ours)
+    print(f"{name:3} equal, but for rounding to bfloat16: {off < 2**-8}")
+    assert off < 2**-8
+assert error(y.float(), x @ w) > 0.01  # which is the price
+
+# %% [markdown]
 # ## 10 At 500B
 #
 # `mai-1-dense` is our own proposal for a dense model of the size that the

@@ -167,6 +167,8 @@ BUGS = {
             "return rms_norm_plain(x, weight.to(x.dtype), eps)", soak=True),
         Bug("mixed precision: gradients are summed in bfloat16", "parallel/fsdp.py",
             "reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16"),
+        Bug("float8: gradients are rounded as activations are", "float8.py",
+            "quantize(d_y, torch.float8_e5m2)", "quantize(d_y, torch.float8_e4m3fn)", soak=True),
     ],
     "11a_first_kernels": [
         Bug("softmax: what is absent counts as zero", "../triton_kernels/lessons.py",
