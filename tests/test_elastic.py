@@ -64,14 +64,14 @@ class Job:
         found = [line.split() for line in listed.stdout.splitlines()]
         return [int(pid) for pid, parent, state in found if parent == str(self.process.pid) and state[0] != "Z"]
 
-    def until(self, happens, seconds=60):
+    def until(self, happens, seconds=120):
         deadline = time.monotonic() + seconds
         while not (found := happens()):
             assert time.monotonic() < deadline and self.process.poll() is None, self.output
             time.sleep(0.002)
         return found
 
-    def ended(self, seconds=90):
+    def ended(self, seconds=240):
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
