@@ -174,16 +174,17 @@ LAYOUTS = {"fsdp": config(train=SHORT, recompute="full"), "tensor": config(train
 
 
 def really(rank, folder):
-    """One step of each layout, in a real job."""
+    """One step of each layout, in a real job; three times, as gloo may let go of a message late on a busy machine."""
     ops.EXPLICIT_SCORES_LIMIT = 0
     with process_group() as mesh, simulator._messages():
         for name, config in LAYOUTS.items():
-            layout = lay_out(config.parallel, mesh)
-            with torch.device("meta"):
-                model = Transformer(config.model)
-            parallelize(model, layout, config.parallel)
-            with Observer(None, layout, len(model.blocks)) as observer:
-                seen = simulator._step(config, layout, model, observer, simulator._enough(config))
+            layout, seen = lay_out(config.parallel, mesh), []
+            for _ in range(3):
+                with torch.device("meta"):
+                    model = Transformer(config.model)
+                parallelize(model, layout, config.parallel)
+                with Observer(None, layout, len(model.blocks)) as observer:
+                    seen.append(simulator._step(config, layout, model, observer, simulator._enough(config)))
             torch.save(seen, folder / f"{name}-{rank}.pt")
             simulator._clear_sharding_prop_cache()  # the next grid may be as large, and has groups of its own
 
@@ -193,15 +194,17 @@ def test_two_real_ranks_do_the_same(tmp_path):
     stages = [(name, stage) for name, config in LAYOUTS.items() for stage in range(config.parallel.pipeline)]
     for name, stage in stages:
         found = simulate(LAYOUTS[name], 2, stage=stage)
-        real = torch.load(tmp_path / f"{name}-{stage}.pt", weights_only=False)
+        times = torch.load(tmp_path / f"{name}-{stage}.pt", weights_only=False)
+        real = times[0]
         calls = {axis: seen["calls"] for axis, seen in found.collectives.items()}
         assert calls == {axis: seen["calls"] for axis, seen in real["collectives"].items()}, name
         assert found.state == real["state"], name
         if name != "expert":  # a real router is never even
             assert found.collectives == real["collectives"] and found.flops == real["flops"], name
-            peak = max(sum(causes.values()) for causes in real["places"].values())
-            # gloo's threads let go of what they sent when they have time, later on a busy machine
-            assert -64 <= peak - found.peak <= 0.05 * peak, name
+            peak = min(max(sum(causes.values()) for causes in seen["places"].values()) for seen in times)
+            apart = 64 if found.layout["pipeline"] > 1 else 0  # where losses are kept
+            assert found.peak - apart <= peak <= found.peak, name
+
 
 
 # --- Continued from two depths
@@ -219,7 +222,7 @@ def test_few_layers_tell_of_all(run):
     found = simulate(load_config(run["name"]), run["world_size"], layers=32, stage=run["stage"])
     assert found.layers_simulated == [16, 32] and found.headroom() > 0.1
     assert (found.place, found.state, found.flops) == (run["place"], run["state"], run["flops"])
-    assert found.memory == pytest.approx(run["memory"], rel=1e-6)
+    assert found.memory == pytest.approx(run["memory"], rel=0, abs=64)  # a few scalars
     for name, sent in run["collectives"].items():
         if name != "all: all-reduce":  # the loads of experts, of all layers wherever they are
             assert found.collectives[name] == sent, name
