@@ -174,7 +174,8 @@ def test_layers_that_are_compiled_share_one_graph(tmp_path):
     expected = {config: train_few(Mesh(), config, ParallelConfig()) for config in (DENSE_10, EXPERTS_10)}
     for case, config in COMPILED.items():
         for rank in range(2):
-            assert_same(torch.load(tmp_path / f"{case}-{rank}.pt"), expected[config], f"{case}, compiled")
+            found = torch.load(tmp_path / f"{case}-{rank}.pt")
+            assert_same(found, expected[config], f"{case}, compiled", norms=3e-4)  # ten layers: 1.3e-4 was seen
 
 
 PIPELINES = {
@@ -288,9 +289,9 @@ def test_batches_that_a_pipeline_cannot_take_are_refused(rows, micro_batch, stag
     assert str(error.value) == f"micro_batch {trouble}" and error.value.field == "train.micro_batch"
 
 
-def assert_same(found: dict, expected: dict, where: str) -> None:
+def assert_same(found: dict, expected: dict, where: str, norms: float = 1e-4) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), where
-    assert found["norms"] == pytest.approx(expected["norms"], rel=3e-4), where
+    assert found["norms"] == pytest.approx(expected["norms"], rel=norms), where
     assert found["norms"][0] == pytest.approx(expected["norms"][0], rel=1e-5), where
     assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-4), where
     torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-3, atol=1e-3, msg=f"logits of {where}")
