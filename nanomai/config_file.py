@@ -27,7 +27,8 @@ def find_config(name: str | Path) -> Path:
     stem = str(name).removesuffix(".yaml")  # not path.stem: to it, phi-1.5 is phi-1 with a suffix
     if stem in known:
         return known[stem]
-    raise ConfigError(f"no configuration {str(name)!r}: neither a file nor one of the {len(known)} in scale_configs/"
+    raise ConfigError(f"no configuration {str(name)!r}: neither a .yaml file nor one of the {len(known)} in "
+                      "scale_configs/"
                       f"{_nearest(stem, known)}")
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanomai.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanomai.config_file import CONFIG_FOLDER, config_from_dict, find_config, load_config, replace, to_yaml
 
-NEITHER = f"neither a file nor one of the {len(list(CONFIG_FOLDER.glob('*.yaml')))} in scale_configs/"
+NEITHER = f"neither a .yaml file nor one of the {len(list(CONFIG_FOLDER.glob('*.yaml')))} in scale_configs/"
 
 
 def load(folder, text: str | bytes, **overrides) -> Config:

@@ -275,7 +275,7 @@ def test_a_file_that_cannot_work(what, capsys):
 
 
 BAD_COMMANDS = {
-    "no such configuration": ("train nanoo", "no configuration 'nanoo': neither a file nor one of the "),
+    "no such configuration": ("train nanoo", "no configuration 'nanoo': neither a .yaml file nor one of the "),
     "no such corpus": ("train tiny.yaml --data.corpus nowhere",
                        "corpus 'nowhere' does not exist; give `stdlib`, a file, a folder or hf:NAME"),
     "empty corpus": ("train tiny.yaml --data.corpus hollow",
