@@ -277,7 +277,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _checksums(files: list[Path]) -> dict[str, str]:
-    """By name. One core hashes half a gigabyte a second, and a rank of a large run writes more than that."""
+    """By name. One core hashes about a gigabyte a second, and all ranks of a large run write terabytes."""
     with ThreadPoolExecutor() as pool:
         return dict(zip((file.name for file in files), pool.map(_checksum, files), strict=True))
 

@@ -1,4 +1,4 @@
-"""Matrix products in float8, twice as fast as in bfloat16 where the GPU has them (arXiv 2209.05433).
+"""Matrix products in float8 (arXiv 2209.05433): GPUs that have them promise twice the rate of bfloat16.
 
 A float8 has 8 bits: e4m3 reaches 448 with 3 bits after the point, e5m2 reaches 57,344 with 2. So each tensor is divided
 by a scale that its largest element gives, anew at each use: activations and weights become e4m3, gradients, which span

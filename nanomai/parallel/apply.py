@@ -25,7 +25,8 @@ from nanomai.parallel.recompute import recompute
 
 def parallelize(model: nn.Module, layout: Layout | None = None, parallel: ParallelConfig | None = None,
                 compile_blocks: bool = False) -> nn.Module:
-    """Lays the transforms over `model` in place. A compiled block holds what is computed again, and no collective."""
+    """Lays the transforms over `model` in place. A compiled block is one graph, with what is computed again and the
+    collectives of tensor and context ranks, but without FSDP's; where experts live elsewhere it is several."""
     layout, parallel = layout or Layout(), parallel or ParallelConfig()
     if layout.axis("pipeline") is not None:
         Pipeline(model, layout, parallel.stages_per_rank)

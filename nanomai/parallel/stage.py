@@ -1,8 +1,8 @@
 """PyTorch's pipeline stage, with room for what it receives only while that is needed.
 
 The library makes room for every micro-batch of a step at the beginning, activations and gradients, and gives none of it
-back: three tensors (B, T, D) for each. Of the 480 micro-batches that go through a stage of
-mai-1-moe on 1,024 ranks, each with an eighth of a sequence, that would be 24 GB.
+back: three tensors (B, T, D) for each. Of the 480 micro-batches that go through a stage of mai-1-moe on 1,024 ranks,
+each with an eighth of a sequence, that would be 24 GB.
 """
 
 from __future__ import annotations
