@@ -28,8 +28,7 @@ def find_config(name: str | Path) -> Path:
     if stem in known:
         return known[stem]
     raise ConfigError(f"no configuration {str(name)!r}: neither a .yaml file nor one of the {len(known)} in "
-                      "scale_configs/"
-                      f"{_nearest(stem, known)}")
+                      f"scale_configs/{_nearest(stem, known)}")
 
 
 def load_config(name: str | Path, /, **overrides: Any) -> Config:
