@@ -90,6 +90,11 @@ def _is_expected(error: Exception) -> bool:
 
 def _fail(message: str, status: int = 1) -> int:
     rank = os.environ.get("RANK", "0")
+    if "RANK" in os.environ:
+        from nanomai.parallel.launch import is_first_to_say
+
+        if not is_first_to_say(message):
+            return status
     print(f"nanomai{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
     return status
 
@@ -98,8 +103,8 @@ def _config(command: str, arguments: list[str]) -> Config:
     """CONFIG and its overrides: the file's values are the defaults of the flags."""
     from nanomai.config_file import load_config
 
-    if _first_is_flag(arguments):
-        if not _asks_for_help(arguments):
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
             raise ConfigError(f"which configuration? `nanomai {command} nano`, or a YAML file")
         arguments = ["nano", *arguments]
     name, *flags = arguments
@@ -130,14 +135,6 @@ def _read_flags(kind: type, arguments: list[str], prog: str, **options):
         near = difflib.get_close_matches(unknown, offered, n=1)  # tyro's own order puts a longer name first
         hint = f"; did you mean {near[0]}?" if near and message.startswith("Unrecognized") else ""
         raise ConfigError(message.removeprefix("Error parsing ").removeprefix(f"{kind.__name__}: ") + hint) from None
-
-
-def _first_is_flag(arguments: list[str]) -> bool:
-    return not arguments or arguments[0].startswith("-")
-
-
-def _asks_for_help(arguments: list[str]) -> bool:
-    return bool({"-h", "--help"} & set(arguments))
 
 
 def _train(arguments: list[str]) -> int:

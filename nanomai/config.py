@@ -187,9 +187,6 @@ class ParallelConfig:
         for name in ("replicas", "fsdp", "tensor", "context", "expert", "pipeline", "stages_per_rank"):
             if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ConfigError(f"{name} {value} must be at least 1", f"parallel.{name}")
-        if self.expert > 1 and self.recompute == "selective":
-            raise ConfigError("recompute selective cannot keep what experts of other ranks make; full or none can",
-                              "parallel.recompute")
         if self.stages_per_rank > 1 and self.pipeline == 1:
             raise ConfigError(f"stages_per_rank {self.stages_per_rank} needs a pipeline of more than one rank",
                               "parallel.stages_per_rank")

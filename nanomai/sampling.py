@@ -6,7 +6,7 @@ under a causal mask, so they are kept, and each new token costs one position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -111,13 +111,13 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 @torch.no_grad()
 def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float = 0.8,
            top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-           stop_tokens: Sequence[int] = (), vocab_size: int | None = None,
-           seed: int | None = None) -> Iterator[list[int | None]]:
+           stop_tokens: Sequence[int] = (), vocab_size: int | None = None, seed: int | None = None,
+           agree: Callable[[Tensor], Tensor] = lambda token: token) -> Iterator[list[int | None]]:
     """Yields, up to `max_tokens` times, the next token of each prompt; None for a row that has met a stop token.
 
     A prompt longer than the model's context keeps its end. When the text outgrows the context, its last half is read
     again and the writing goes on from there. `vocab_size` is the tokenizer's, where the model's is padded beyond it:
-    the ids above mean nothing and are never chosen.
+    the ids above mean nothing and are never chosen. `agree` gives the ranks of a job one choice (B,) for theirs.
     """
     _check(prompts, model)
     if not (max_tokens >= 0 and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and 0 <= min_p <= 1
@@ -141,7 +141,7 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_tokens: int
             logits = model(fresh, cache=cache, last_only=True)[:, -1, :vocab_size]
         if repetition_penalty != 1:
             logits = penalize_repetition(logits, seen[:, :vocab_size], repetition_penalty)
-        token = choose(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
+        token = agree(choose(logits, temperature, top_k, top_p, min_p, generator))  # (B,)
         seen.scatter_(1, token[:, None], True)
         fresh, step = token[:, None], token.tolist()
         for row, text in enumerate(texts):

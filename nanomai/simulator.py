@@ -267,7 +267,7 @@ def _step(config: Config, layout: Layout, model: Transformer, observer: Observer
         model(ids, targets, reduction="sum").backward()
     observer.at("optimizer")
     sum_loads(model, layout.mesh.sum)
-    clip_gradients(model, config.optim.grad_clip, 1.0, layout.axis("pipeline"))
+    clip_gradients(model, config.optim.grad_clip)
     for optimizer in optimizers:
         optimizer.step()
     balance_experts(model)

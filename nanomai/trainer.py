@@ -87,7 +87,7 @@ class Trainer:
         self.stop, self.after_step = StopSignal(tell=not report.console.quiet), lambda: None
         train = config.train
         self.layout = lay_out(config.parallel, mesh, device.type)
-        limits.check(config, self.layout.sizes)
+        limits.check(config.model, config.parallel, self.layout.sizes)  # before data is prepared
         machine.prepare_process(train.threads)
         self.peak = machine.matmul_peak(device, getattr(torch, train.dtype))
         self.shown = mesh.from_main(lambda: not report.console.quiet)
@@ -160,8 +160,7 @@ class Trainer:
         loss = self._backward(batch)
         imbalance = sum_loads(state.model, self.mesh.sum)  # asked for before the host waits, read after
         loss = (self.layout.sum(loss) / n_valid).item()
-        grad_norm = clip_gradients(state.model, self.config.optim.grad_clip, n_valid,
-                                   self.layout.axis("pipeline")).item()
+        grad_norm = clip_gradients(state.model, self.config.optim.grad_clip, n_valid).item()
         lr = learning_rate(self.config.optim, state.steps_done, self.config.train.steps)
         reason = state.guard.verdict(loss, grad_norm)
         if reason is None:
@@ -243,10 +242,12 @@ class Trainer:
                 "ranks/latest_data": round(late, 3), "ranks/latest_data_rank": wait.rank}
 
     def _write(self, tokens: int, seed: int) -> str:
-        """A sample; all ranks draw the same one, since none has the whole model."""
+        """A sample; all ranks write the same one, since none has the whole model: where their last digits differ, or
+        one would stop and the others wait for it, rank 0's choice counts."""
         prompt, tokenizer = self.config.train.sample_prompt, self.prepared.tokenizer
         with torch.compiler.set_stance("force_eager"):
-            pieces = stream_text(self.state.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed)
+            pieces = stream_text(self.state.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed,
+                                 agree=self.mesh.same)
             text = "".join(pieces)
         fsdp.scatter(self.state.model)
         return text

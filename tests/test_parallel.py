@@ -79,7 +79,7 @@ def train_few(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig, optimiz
             micro_loss.backward()
             loss += micro_loss.detach()
         found["losses"].append(layout.sum(loss).item() / count)
-        found["norms"].append(clip_gradients(model, MAX_NORM, count, layout.axis("pipeline")).item())
+        found["norms"].append(clip_gradients(model, MAX_NORM, count).item())
         if step == 0:
             found["gradients"] = {name: whole_of(p.grad) for name, p in model.named_parameters()}
         for each in optimizers:
@@ -109,7 +109,8 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
 CASES = {  # of two ranks and of four: the same five steps must come of each, and of each with full recomputation
     2: {"fsdp": {}, "fsdp, kept": {"keep_gathered": True}, "replicas": {"replicas": 2},
         "fsdp, selective": {"recompute": "selective"}, "tensor": {"tensor": 2},
-        "context": {"context": 2}, "context by heads": {"context": 2, "context_by": "heads"}, "expert": {"expert": 2}},
+        "context": {"context": 2}, "context by heads": {"context": 2, "context_by": "heads"}, "expert": {"expert": 2},
+        "expert, selective": {"expert": 2, "recompute": "selective"}},
     4: {"fsdp": {}, "hsdp": {"replicas": 2}, "fsdp x tensor": {"tensor": 2},
         "replicas x tensor": {"replicas": 2, "tensor": 2}, "expert x tensor": {"expert": 2, "tensor": 2},
         "expert x context": {"expert": 2, "context": 2},
@@ -141,14 +142,41 @@ def test_sharded_training_is_training(world_size, tmp_path):
         for optimizer in ("adamw", "muon"):
             expected = train_few(Mesh(), config, ParallelConfig(), optimizer)
             for case in (case for case in CASES[world_size] if model in models_of(case)):
-                for rank in range(world_size):
-                    found = torch.load(tmp_path / f"{world_size}-{case}-{model}-{optimizer}-{rank}.pt")
+                ranks = [torch.load(tmp_path / f"{world_size}-{case}-{model}-{optimizer}-{rank}.pt")
+                         for rank in range(world_size)]
+                for found in ranks:
                     assert_same(found, expected, f"{case}, {model}, {optimizer}")
+                    assert found["norms"] == ranks[0]["norms"]  # or copies would drift apart
+
+
+ROUNDED = {"fsdp": {}, "tensor": {"tensor": 2}, "context": {"context": 2}, "expert": {"expert": 2},
+           "context by heads": {"context": 2, "context_by": "heads"}}
+
+
+def on_each_rank_rounded(rank, folder):
+    with process_group() as mesh:
+        for case, settings in ROUNDED.items():
+            found = train_few(mesh, EXPERTS, ParallelConfig(**settings), micro_batches=2, dtype=torch.bfloat16)
+            torch.save(found["gradients"], folder / f"{case}-{rank}.pt")
+
+
+def test_in_bfloat16_ranks_are_no_less_exact_than_one(tmp_path):
+    """Although routers of sharded models see rounded weights. Seen: 1.02 times its error in all, 1.4 in one tensor."""
+    launch(on_each_rank_rounded, 2, tmp_path)
+    exact, one = (train_few(Mesh(), EXPERTS, ParallelConfig(), dtype=dtype)["gradients"]
+                  for dtype in (torch.float32, torch.bfloat16))
+
+    def errors(found):
+        return torch.stack([(found[name] - g).norm() for name, g in exact.items()])
+
+    for case in ROUNDED:
+        found = errors(torch.load(tmp_path / f"{case}-0.pt"))
+        assert found.norm() <= 1.1 * errors(one).norm() and (found <= 2 * errors(one)).all(), case
 
 
 DENSE_10, EXPERTS_10 = (dataclasses.replace(config, n_layers=10) for config in (MODEL, EXPERTS))  # dynamo's limit is 8
 COMPILED = {"tensor, full": DENSE_10, "context, full": DENSE_10, "context by heads, none": DENSE_10,
-            "expert, full": EXPERTS_10, "expert, none": EXPERTS_10}
+            "expert, full": EXPERTS_10, "expert, selective": EXPERTS_10, "expert, none": EXPERTS_10}
 
 
 def on_each_rank_compiled(rank, folder):
@@ -437,13 +465,6 @@ def test_a_factor_that_does_not_fit_is_named(settings, world_size, line, field):
     with pytest.raises(ConfigError) as error:
         factors(ParallelConfig(**settings), world_size)
     assert str(error.value) == line and error.value.field == f"parallel.{field}"
-
-
-def test_selective_recomputation_is_not_for_experts_elsewhere():
-    """FSDP gathers the experts inside the block, and torch cannot keep some results of such a block."""
-    with pytest.raises(ConfigError, match=r"^recompute selective cannot keep what experts of other ranks") as error:
-        ParallelConfig(expert=2, recompute="selective")
-    assert error.value.field == "parallel.recompute"
 
 
 @pytest.mark.parametrize("changes, size, tensor, line, field", [

@@ -1,6 +1,7 @@
 """Several ranks under a real torchrun: the same numbers as one, one voice, and no rank that waits for ever."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import torch
 from tiny_run import curve, environment, nanomai, rows, tiny, write_tiny
 
-from nanomai import checkpoint, data, load_run, trainer
-from nanomai.parallel.launch import launch
+from nanomai import Transformer, checkpoint, data, generate, load_config, load_run, trainer
+from nanomai.parallel.launch import launch, process_group
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nanomai"]
 
@@ -91,11 +92,15 @@ def test_what_fails_on_one_rank_ends_all(here):
             "nanomai: tiny.yaml/run cannot be written: Not a directory; choose another --train.run-dir",
         ("--train.run-dir", "blocked", "--train.resume"):  # while the other rank waits in a step
             "nanomai: blocked/metrics.jsonl: Is a directory",
+        # what every rank refuses is said once, by whichever is first
+        ("--train.stepz", "5"): "nanomai: Unrecognized options: --train.stepz, 5; did you mean --train.steps?",
+        ("--parallel.tensor", "2"): "nanomai: parallel tensor 2 cannot share n_kv_heads 1; the nearest that works is 1",
     }.items():
         began = time.monotonic()
         failed = torchrun("train", "tiny.yaml", *flags)
         assert failed.returncode != 0 and time.monotonic() - began < 60
-        said = [line for line in failed.stderr.splitlines() if line.startswith(("nanomai:", "nanomai ("))]
+        said = [re.sub(r" \(rank 1\)", "", line) for line in failed.stderr.splitlines()
+                if line.startswith(("nanomai:", "nanomai ("))]
         assert said == [message], failed.stderr
         assert "nanomai/trainer.py" not in failed.stderr, failed.stderr
 
@@ -110,9 +115,22 @@ def _use_every_rank(rank):
                                 "make train.batch_tokens a multiple of 2 sequences")
 
 
+def _write_one_text(rank):
+    """Each rank would draw tokens of its own."""
+    with process_group() as mesh:
+        torch.manual_seed(0)
+        model = Transformer(load_config("tiny.yaml").model)
+        mine, ours = (generate(model, [1], 8, temperature=1.0, seed=rank, **options)
+                      for options in ({}, {"agree": mesh.same}))
+        texts = [None, None]
+        torch.distributed.all_gather_object(texts, (mine, ours))
+        assert texts[0][0] != texts[1][0] and texts[0][1] == texts[1][1] == texts[0][0]
+
+
 def test_different_token_counts_and_refusals_on_two_ranks(here):
     (here / "hollow").mkdir()
     launch(_use_every_rank, 2)
+    launch(_write_one_text, 2)
     _train_masked(0, "one")
     same(curve("two"), curve("one"))
 

@@ -6,28 +6,30 @@ The model arrives on the meta device, as shapes; its values come last, so that n
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanomai.config import ParallelConfig
-from nanomai.parallel import context, expert, fsdp, tensor
+from nanomai.parallel import context, expert, fsdp, limits, tensor
 from nanomai.parallel.layout import Layout
-from nanomai.parallel.limits import check_context
 from nanomai.parallel.pipeline import Pipeline, stages_of
 from nanomai.parallel.recompute import recompute
 
 
 def parallelize(model: nn.Module, layout: Layout | None = None, parallel: ParallelConfig | None = None,
                 compile_blocks: bool = False) -> nn.Module:
-    """Lays the transforms over `model` in place. A compiled block is one graph, with what is computed again and the
-    collectives of tensor and context ranks, but without FSDP's; where experts live elsewhere it is several."""
+    """Lays the transforms over `model` in place; ConfigError if it cannot be shared so.
+
+    A compiled block is one graph, with what is computed again and the collectives of tensor and context ranks, but
+    without FSDP's; where experts live elsewhere it is several.
+    """
     layout, parallel = layout or Layout(), parallel or ParallelConfig()
+    limits.check(model.config, parallel, layout.sizes)
     if layout.axis("pipeline") is not None:
         Pipeline(model, layout, parallel.stages_per_rank)
     for stage in stages_of(model):
@@ -37,7 +39,6 @@ def parallelize(model: nn.Module, layout: Layout | None = None, parallel: Parall
 
 def _transform(model: nn.Module, layout: Layout, parallel: ParallelConfig, compile_blocks: bool) -> None:
     if (ranks := layout.axis("context")) is not None:
-        check_context(model.config, ranks.size(), parallel.context_by, layout.sizes["tensor"])
         context.share_sequences(model, ranks, parallel.context_by)
     if (ranks := layout.axis("expert")) is not None:
         cuts_each = layout.axis("tensor") is not None
@@ -72,42 +73,35 @@ def share(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return parameter.to_local(), begin
 
 
-def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0,
-                   stages: DeviceMesh | None = None) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, divide_by: float = 1.0) -> Tensor:
     """Divides the summed gradients by the count of tokens, then scales them to a global norm of at most `max_norm`.
 
     Returns the norm before clipping, of the divided gradients. max_norm 0 clips nothing. One pass over the memory.
-    `stages` are the ranks that have the other parts of the model.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    held = _by_sharing(gradients)
-    norm = torch.stack([_norm(parts, groups) for groups, parts in held.items()])
-    norm = _norm([norm], () if stages is None else (stages.get_group(),)) / divide_by
+    here = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    if any(isinstance(g, DTensor) for g in gradients):
+        norm = _norm_over_ranks(here, _copies(model, gradients)) / divide_by
+    else:
+        norm = torch.stack(torch._foreach_norm(here)).norm() / divide_by
     scale = 1.0 / divide_by
     if max_norm > 0:
         scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_([part for parts in held.values() for part in parts], scale)
+    torch._foreach_mul_(here, scale)
     return norm
 
 
-def _by_sharing(gradients: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:
-    """What this rank holds of each gradient, by the groups of ranks that hold its other parts."""
-    found = defaultdict(list)
-    for g in gradients:
-        if isinstance(g, DTensor):
-            groups = tuple(g.device_mesh.get_group(axis) for axis, placement in enumerate(g.placements)
-                           if not placement.is_replicate())
-            found[groups].append(g.to_local())
-        else:
-            found[()].append(g)
-    return found
+def _copies(model: nn.Module, gradients: list[DTensor]) -> list[int]:
+    """How many ranks hold the same part of each gradient, as this one does: those of its stage, by the parts cut."""
+    n_stages = model.pipeline.p if hasattr(model, "pipeline") else 1
+    ranks = dist.get_world_size() // n_stages
+    return [ranks // math.prod(size for size, placement in zip(g.device_mesh.shape, g.placements, strict=True)
+                               if not placement.is_replicate()) for g in gradients]
 
 
-def _norm(parts: list[Tensor], groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
-    norm = torch.stack(torch._foreach_norm(parts)).norm()
-    if groups:
-        norm = norm.square()
-        for group in groups:
-            dist.all_reduce(norm, group=group)
-        norm = norm.sqrt()
-    return norm
+def _norm_over_ranks(parts: list[Tensor], copies: list[int]) -> Tensor:
+    """From one sum over all ranks, so the same in every bit: scaled by another number, copies would drift apart."""
+    squares = torch.stack(torch._foreach_norm(parts)).square() / torch.tensor(copies, device=parts[0].device)
+    total = squares.sum()
+    dist.all_reduce(total)
+    return total.sqrt()

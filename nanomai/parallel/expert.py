@@ -18,7 +18,6 @@ from torch.distributed.tensor import Shard
 from nanomai.grouped import sort_pairs, to_experts, to_tokens
 from nanomai.moe import Experts
 from nanomai.parallel.collectives import exchange, exchanged
-from nanomai.parallel.limits import check_expert
 from nanomai.parallel.shares import cut, see_own_parts
 from nanomai.parallel.tensor import placement
 
@@ -26,7 +25,6 @@ from nanomai.parallel.tensor import placement
 def share_experts(model: nn.Module, ranks: DeviceMesh) -> None:
     """Gives each rank its part of every layer's experts. `ranks` is (expert,); (expert, tensor) cuts each as well."""
     group = ranks.get_group("expert")
-    check_expert(model.config, group.size())
     for block in model.blocks.values():
         if (experts := getattr(block.mlp, "experts", None)) is not None:
             for name, _ in list(experts.named_parameters(recurse=False)):

@@ -23,7 +23,8 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: b
     """Shares out each block, and then what is left: embeddings, the last norm, the head.
 
     Parameters travel as `dtype`, to which every projection would cast them, and norms and routers, which compute in
-    float32, see them rounded so; gradients are summed in float32.
+    float32, see them rounded so, as in torchtitan: gradients are no less exact for it (tests/test_parallel.py). They
+    are summed in float32.
     `keep_gathered` spares the second gathering of each block, and the sums of all micro-batches but the last; it costs
     the memory of the whole model, and of its gradients between micro-batches (ZeRO 1 and 2).
     """

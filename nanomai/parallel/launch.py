@@ -62,6 +62,17 @@ def meeting_point(timeout_s: float = 60) -> dist.Store:
                          timeout=datetime.timedelta(seconds=timeout_s))
 
 
+def is_first_to_say(message: str) -> bool:
+    """Whether no other rank has said this since the job started: what all ranks refuse is told once."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no store from before the ranks meet
+        return True
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart
+    try:
+        return meeting_point(5).add(f"nanomai/said/{start}/{message}", 1) == 1
+    except dist.DistError:  # whoever kept it has ended
+        return True
+
+
 def _fresh_store(mesh: Mesh, timeout_s: float) -> dist.Store | None:
     """A store for the process groups of this start alone, in rank 0; None where nothing is kept from start to start.
 

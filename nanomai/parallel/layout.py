@@ -78,8 +78,13 @@ def lay_out(parallel: ParallelConfig, mesh: Mesh, device_type: str = "cpu") -> L
     world = init_device_mesh(device_type, (mesh.world_size,), mesh_dim_names=("world",))
     outer, inner = sizes["outer"] * sizes["context"], sizes["expert"]
     before, tensor = (sizes["pipeline"], sizes["replicas"]), sizes["tensor"]
+
+    def view(axes: tuple[str, ...], *shape: int) -> DeviceMesh:
+        # only tensors of the GPU travel along an axis: gloo would connect every pair of its ranks for nothing
+        backend = dict.fromkeys(axes, "nccl") if device_type == "cuda" else None
+        return world._unflatten(0, shape, axes, backend)
+
     # three views of the same ranks, for three ways to cut what replicas and tensor leave
-    return Layout(mesh, sizes, world._unflatten(0, tuple(sizes.values()), AXES),
-                  world._unflatten(0, (*before, outer * inner, tensor), ("pipeline", "replicas", "shard", "tensor")),
-                  world._unflatten(0, (*before, outer, inner, tensor),
-                                   ("pipeline", "replicas", "shard", "expert", "tensor")))
+    return Layout(mesh, sizes, view(AXES, *sizes.values()),
+                  view(("pipeline", "replicas", "shard", "tensor"), *before, outer * inner, tensor),
+                  view(("pipeline", "replicas", "shard", "expert", "tensor"), *before, outer, inner, tensor))

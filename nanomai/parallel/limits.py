@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-from nanomai.config import Config, ConfigError, ModelConfig
+from nanomai.config import Config, ConfigError, ModelConfig, ParallelConfig
 
 
-def check(config: Config, sizes: dict[str, int]) -> None:
+def check(model: ModelConfig, parallel: ParallelConfig, sizes: dict[str, int]) -> None:
     """ConfigError unless axes of these sizes can share this model."""
-    model, parallel = config.model, config.parallel
     check_tensor(model, sizes["tensor"])
     if sizes["context"] > 1:
         check_context(model, sizes["context"], parallel.context_by, sizes["tensor"])

@@ -37,6 +37,12 @@ class Mesh:
             dist.all_reduce(tensor)
         return tensor
 
+    def same(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `tensor`, on every rank in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from nanomai.parallel.layout import Layout
-from nanomai.parallel.limits import check_pipeline, share_layers
+from nanomai.parallel.limits import share_layers
 
 
 def stages_of(model: nn.Module) -> list[nn.Module]:
@@ -46,7 +46,6 @@ class Pipeline:
         self.model, self.sizes, self.group = model, layout.sizes, layout.axis("pipeline").get_group()
         self.p, self.rank = self.group.size(), self.group.rank()
         self.n_stages = self.p * stages_per_rank
-        check_pipeline(model.config, self.n_stages)
         shares = share_layers(model.config.n_layers, self.n_stages)
         blocks, model.blocks = model.blocks, nn.ModuleDict()
         self.here = range(self.rank, self.n_stages, self.p)

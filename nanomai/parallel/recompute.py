@@ -12,7 +12,7 @@ import types
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
 # Ours, by name, since not all are registered everywhere; those of norms, rotations and gates are computed again.
@@ -20,6 +20,10 @@ OURS = {"grouped_products", "grouped_linear", "flash_attention", "linear_cross_e
 KEPT = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default, aten._scaled_mm.default,
         aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+# Experts that FSDP gathers by themselves get another number of labels for the profiler the second time.
+SAC_IGNORED_OPS.update({torch.ops.profiler._record_function_enter_new.default,
+                        torch.ops.profiler._record_function_exit._RecordFunction})
 
 
 def recompute(model: nn.Module, what: str, compile_inside: bool = False) -> None:

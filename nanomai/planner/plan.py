@@ -72,7 +72,7 @@ def plan(config: Config, gpus: int = 1, gpu: str | Device = "h100", assumptions:
         raise ConfigError(f"gpus {gpus} must be at least 1")
     sizes = factors(config.parallel, gpus)
     ranks = sizes["replicas"] * sizes["fsdp"]
-    limits.check(config, sizes)
+    limits.check(config.model, config.parallel, sizes)
     check_batches(config, ranks)
     micro, length = config.micro_batch(ranks), config.sequence_length
     steps = [(n, tokens, math.ceil(tokens / length / ranks / micro)) for n, tokens in config.batches]

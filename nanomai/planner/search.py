@@ -32,8 +32,7 @@ def layouts(config: Config, gpus: int, device: Device, recomputes: tuple[str, ..
             if ranks // replicas % e:
                 continue
             for recompute, micro, kept in itertools.product(recomputes, micros, keeps):
-                possible = not (kept and p > 1) and not (e > 1 and recompute == "selective")
-                if possible and micro * ranks <= common:
+                if not (kept and p > 1) and micro * ranks <= common:
                     parallel = ParallelConfig(replicas=replicas, tensor=t, context=c, expert=e, pipeline=p,
                                               stages_per_rank=v, keep_gathered=kept, recompute=recompute)
                     yield replace(config, parallel=parallel, train=replace(config.train, micro_batch=micro))
