@@ -60,13 +60,24 @@ Mask = Tensor | FlashMask | None
 
 
 def training_mask(positions: Tensor, window: int | None, documents: Tensor | None, head_dim: int,
-                  impl: str = "auto") -> Mask:
-    """The mask of whole sequences for `attention`, made once for all layers. positions (T,), documents (B, T)."""
-    if window is None and documents is None:
+                  impl: str = "auto", queries: Tensor | None = None) -> Mask:
+    """The mask of whole sequences for `attention`, made once for all layers. positions (T,), documents (B, T).
+
+    Where not all look, `queries` are the positions of those that do; `prefix` then gives each stretch of them its part.
+    """
+    # wider heads than the kernel's are left to torch
+    by_kernel = (head_dim <= 128 or impl != "auto") and uses_triton("masked_attention", positions.is_cuda, impl)
+    if window is None and documents is None and not (by_kernel and queries is not None):
         return None
-    if impl == "auto" and head_dim > 128:  # wider heads than the kernel's
-        impl = "torch"
-    if not uses_triton("masked_attention", positions.is_cuda, impl):
-        return attention_mask(positions, positions, window, documents, documents)
-    from triton_kernels.flash_attention import document_reach
-    return FlashMask(window, None if documents is None else document_reach(documents))
+    if by_kernel:
+        from triton_kernels.flash_attention import document_reach
+        return FlashMask(window, None if documents is None else document_reach(documents))
+    queries = positions if queries is None else queries
+    return attention_mask(queries, positions, window, None if documents is None else documents[:, queries], documents)
+
+
+def prefix(mask: Mask, rows: slice, end: int) -> Mask:
+    """The part of a mask for these rows, of consecutive positions, and the `end` keys up to the last of them."""
+    if isinstance(mask, FlashMask):
+        return mask if mask.reach is None else mask._replace(reach=mask.reach[..., :end].contiguous())
+    return None if mask is None else mask[..., rows, :end]

@@ -183,8 +183,8 @@ class Transformer(Part):
     def _enter(self, ids: Tensor, document_ids: Tensor | None, cache, hidden: Tensor | None = None):
         """Embeddings (B, T, D), the rotation of every position, and the masks of dense and of sparse layers."""
         config, (_, t) = self.config, ids.shape
-        keys = torch.arange(t, device=ids.device) if cache is None else cache.key_positions(t)
-        positions = keys[..., -t:]  # (T,), or (B, T) where rows of a cache began at different places
+        # (T,) and (S,), or (B, T) and (B, S) where rows of a cache began at different places
+        positions, keys = (torch.arange(t, device=ids.device),) * 2 if cache is None else cache.positions(t)
         x = hidden if self.embed is None else self.embed(ids).to(self.compute_dtype)  # (B, T, D)
         if config.embedding_scale != 1 and self.embed is not None:
             x = x * config.embedding_scale
@@ -199,12 +199,15 @@ class Transformer(Part):
         mask = self.mask(keys, document_ids) if cache is None else cache.mask(positions, keys, config.sliding_window)
         return x, rotary, mask, self._sparse_mask(positions, keys, document_ids, cache)
 
-    def mask(self, positions: Tensor, document_ids: Tensor | None) -> Mask:
-        """Of whole sequences, for layers that are not sparse: positions (T,), document_ids (B, T)."""
-        config = self.config
-        plain = config.mla.kv_rank or self.compute_dtype == torch.float64
+    def mask(self, positions: Tensor, document_ids: Tensor | None, queries: Tensor | None = None) -> Mask:
+        """Of whole sequences, for layers that are not sparse: positions (T,), document_ids (B, T).
+
+        Where not all look, `queries` are the positions of those that do; sparse layers then need a matrix as well.
+        """
+        config, in_part = self.config, queries is not None
+        plain = config.mla.kv_rank or self.compute_dtype == torch.float64 or (config.sparse.block and in_part)
         return training_mask(positions, config.sliding_window, document_ids, config.head_dim,
-                             "torch" if plain else self.impl("masked_attention"))
+                             "torch" if plain else self.impl("masked_attention"), queries)
 
     def _rotary(self, positions: Tensor, length: int, past: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` in a text of `length` tokens, of which `past` were turned before."""
@@ -224,9 +227,7 @@ class Transformer(Part):
             return None
         seen = block_sparse_mask(positions, keys, config.n_heads, sparse.block, sparse.local_blocks,
                                  sparse.vertical_stride)
-        dense = cache.mask(positions, keys, None) if cache is not None else None
-        if document_ids is not None:
-            dense = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+        dense = self.mask(keys, document_ids, positions) if cache is None else cache.mask(positions, keys, None)
         return seen if dense is None else seen & dense
 
 

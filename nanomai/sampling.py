@@ -62,6 +62,11 @@ class KVCache:
         positions = torch.arange(self.length + t, device=self._first().keys.device)
         return positions if self.padding is None else positions - self.padding[:, None]
 
+    def positions(self, t: int) -> tuple[Tensor, Tensor]:
+        """Those of `t` new tokens, and of all keys."""
+        keys = self.key_positions(t)
+        return keys[..., -t:], keys
+
     def mask(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
         """Who may look at whom; None is plainly causal. A pad may look at anything: its output is never read."""
         if self.padding is None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from random_model import CONTEXT, TINY, V, greedy, ids, random_model
 
+from nanomai import ops
 from nanomai.architecture import SparseAttention
-from nanomai.masks import attention_mask, block_sparse_mask, causal_mask, training_mask
+from nanomai.kernels import HAS_TRITON
+from nanomai.masks import FlashMask, attention_mask, block_sparse_mask, causal_mask, prefix, training_mask
 from nanomai.model import Transformer
 from nanomai.sampling import KVCache, generate
 
@@ -77,6 +79,27 @@ def test_attention_mask(window):
     if window is None:
         q, k = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 9, 2)
         assert torch.equal(causal_mask(q, k), attention_mask(positions[6:], positions))
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.skipif(
+    not HAS_TRITON, reason="needs Triton"))])
+@pytest.mark.parametrize("window", [None, 1, 4, 99])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_prefix(window, with_documents, impl):
+    """Two stretches of queries, each with its part of the mask and the keys up to its end, see what all of it sees."""
+    documents = torch.tensor([[0] * 4 + [1] * 8, [2] * 11 + [0]]) if with_documents else None
+    generator, positions = torch.Generator().manual_seed(0), torch.arange(12)
+    q, k, v = (torch.randn(2, heads, 12, 16, generator=generator) for heads in (4, 2, 2))
+    expected = ops.attention_plain(q, k, v, attention_mask(positions, positions, window, documents, documents))
+    stretches = (slice(2, 5), slice(9, 12))
+    own = torch.cat([positions[stretch] for stretch in stretches])
+    mask = training_mask(positions, window, documents, 16, impl, own)
+    assert isinstance(mask, FlashMask) == (impl == "triton")
+    assert (mask is None) == (impl == "torch" and window is None and documents is None), "no matrix for nothing"
+    for i, stretch in enumerate(stretches):
+        part = prefix(mask, slice(3 * i, 3 * i + 3), stretch.stop)
+        y = ops.attention(q[:, :, stretch], k[:, :, : stretch.stop], v[:, :, : stretch.stop], part)
+        torch.testing.assert_close(y, expected[:, :, stretch])
 
 
 # --- models of sparse and dense layers

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections import Counter
 
@@ -10,9 +11,11 @@ import torch
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanomai.architecture import MoEConfig, SparseAttention
+from nanomai.architecture import MLAConfig, MoEConfig, SparseAttention
 from nanomai.config import Config, ConfigError, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from nanomai.kernels import HAS_TRITON
 from nanomai.layers import evaluating
 from nanomai.model import Transformer, build_model, init_weights
 from nanomai.moe import balance_experts, sum_loads
@@ -172,6 +175,63 @@ def test_in_bfloat16_ranks_are_no_less_exact_than_one(tmp_path):
     for case in ROUNDED:
         found = errors(torch.load(tmp_path / f"{case}-0.pt"))
         assert found.norm() <= 1.1 * errors(one).norm() and (found <= 2 * errors(one)).all(), case
+
+
+# Masks of which each piece needs its part: a window, blocks that heads see in turn, and for latents a matrix.
+WINDOW = dataclasses.replace(MODEL, sliding_window=3)
+SPARSE = dataclasses.replace(MODEL, sparse=SparseAttention(block=1, local_blocks=2, vertical_stride=4))
+LATENTS = dataclasses.replace(MODEL, n_kv_heads=4, head_dim=12, mla=MLAConfig(kv_rank=16, q_rank=12, rope_dim=4,
+                                                                              v_dim=8))
+SEEN_BY = {"keys": {"window": WINDOW, "sparse": SPARSE, "latents": LATENTS},
+           "heads": {"window": WINDOW, "latents": LATENTS}}
+# An interpreted kernel takes long: of these one step, without documents and with them.
+ONE_STEP = {"torch, plainly causal": (MODEL, "torch", 2)}
+if HAS_TRITON:
+    ONE_STEP |= {"kernel, plainly causal": (MODEL, "attention,masked_attention", 2),
+                 "kernel": (WINDOW, "masked_attention", 3)}
+
+
+def on_each_rank_of_a_sequence(rank, folder):
+    with process_group() as mesh:
+        for by, models in SEEN_BY.items():
+            parallel = ParallelConfig(context=2, context_by=by)
+            for name, config in models.items():
+                found = train_few(mesh, config, dataclasses.replace(parallel, recompute="selective"))
+                torch.save(found, folder / f"{by}-{name}-{rank}.pt")
+            found = {name: one_step(mesh, parallel, *case) for name, case in ONE_STEP.items()}
+            torch.save(found, folder / f"{by}-{rank}.pt")
+
+
+def one_step(mesh: Mesh, parallel: ParallelConfig, config: ModelConfig, kernels: str, given: int) -> dict:
+    """Gradients, and the FLOPs of this rank's products of batches: those of attention."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    allocate(parallelize(model, grid(mesh, parallel), parallel), torch.device("cpu"))
+    init_weights(model, 7, share)
+    model.set_kernels(kernels)
+    with FlopCounterMode(display=False) as counter:
+        model(*batch(0)[:given], reduction="sum").backward()
+    return {"flops": counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0),
+            "gradients": {name: whole_of(p.grad) for name, p in model.named_parameters()}}
+
+
+def test_a_shared_sequence_is_seen_as_a_whole_one(tmp_path):
+    launch(on_each_rank_of_a_sequence, 2, tmp_path, timeout_s=500)
+    for by, models in SEEN_BY.items():
+        for name, config in models.items():
+            expected = train_few(Mesh(), config, ParallelConfig())
+            for rank in range(2):
+                assert_same(torch.load(tmp_path / f"{by}-{name}-{rank}.pt"), expected, f"context by {by}, {name}")
+    # of a query and a key: a product in the forward and two in the backward, over the widths of a key and of a value
+    pair = 3 * 2 * 2 * MODEL.head_dim * MODEL.n_heads * MODEL.n_layers * ROWS
+    pairs = {"keys": (2 * 2 + 1) * (8 // 4)**2, "heads": 8**2 / 2}  # two pieces up to their ends; half of all heads
+    for case, (config, _, given) in ONE_STEP.items():
+        expected = one_step(Mesh(), ParallelConfig(), config, "torch", given)
+        for by, rank in itertools.product(SEEN_BY, range(2)):
+            found = torch.load(tmp_path / f"{by}-{rank}.pt")[case]
+            assert found["flops"] == pair * pairs[by] * case.startswith("torch"), (by, case)
+            for name, gradient in expected["gradients"].items():
+                torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-4)
 
 
 DENSE_10, EXPERTS_10 = (dataclasses.replace(config, n_layers=10) for config in (MODEL, EXPERTS))  # dynamo's limit is 8

@@ -83,7 +83,7 @@ def _watch_stages(model: torch.nn.Module) -> tuple[list[tuple[str, int]], list]:
             order.append(("F", number))
             x.register_hook(lambda gradient: order.append(("B", number)))
             if cache is not None:
-                keys.extend((cache.key_positions(x.shape[1]), mask))
+                keys.extend((cache.positions(x.shape[1])[1], mask))
 
         next(iter(stage.blocks.values())).register_forward_pre_hook(enter)
     return order, keys
