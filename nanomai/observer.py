@@ -35,9 +35,9 @@ def _kind(name: str) -> str | None:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, widths: tuple[int, int]) -> int:
-    """Of so many products over the width of a key, and of a value; half of a causal one is never computed."""
-    products = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (widths[0] * k.shape[3] + widths[1] * v.shape[3])
-    return 2 * products // (2 if causal else 1)
+    """Of so many products over the width of a key, and of a value; what a causal mask hides is never computed."""
+    (batch, heads, t, width), s = q.shape, k.shape[2]
+    return batch * heads * (2 * t * s - causal * t * t) * (widths[0] * width + widths[1] * v.shape[3])
 
 
 aten = torch.ops.aten

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 import statistics
 import subprocess
 import sys
@@ -106,6 +107,15 @@ def test_flops_of_recomputing():
     assert full["attention"] / none["attention"] == pytest.approx(4.5 / 3.5)
 
 
+def test_flops_of_sharing_keys():
+    """Nothing more, but where a mask is a matrix half a piece's end, and of latents the keys of all ranks."""
+    assert counts.flops_of(BILLIONS.model, 8192, "full", 4) == counts.flops_of(BILLIONS.model, 8192, "full")
+    model = load_config("deepseek-v3-128k").model
+    alone, shared = (counts.flops_of(model, 131_072, "none", ranks) for ranks in (0, 16))
+    assert shared["attention"] / alone["attention"] == pytest.approx(33 / 32) and shared["head"] == alone["head"]
+    assert shared["blocks"] - alone["blocks"] == 6 * 61 * 15 * 512 * 128 * (128 + 128)
+
+
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +149,13 @@ def test_more_ranks_hold_less_each():
     assert memory(64, keep_gathered=True)["gathered"] > memory(64)["gathered"]
     recomputed = [memory(64, recompute=what)["peak"] for what in ("none", "selective", "full")]
     assert recomputed == sorted(recomputed, reverse=True)
+
+
+def test_ranks_that_share_heads_keep_fewer_keys():
+    keys, heads = (memory(64, context=4, context_by=by, recompute="none")["activations"] for by in ("keys", "heads"))
+    assert keys - heads == 32 * 8192 / 4 * 2 * (2 * 8 * 128) * 3  # a rank has 8 heads of keys, or two
+    more = (memory(64, context=16, context_by=by, recompute="none")["activations"] for by in ("keys", "heads"))
+    assert -operator.sub(*more) == -32 * 8192 / 16 * 2 * (2 * 8 * 128) * (16 - 2)  # one, with another rank
 
 
 def test_experts_are_shared_by_both_their_axes():

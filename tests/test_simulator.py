@@ -13,7 +13,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 import nanomai
 from nanomai import cli, ops, simulator
-from nanomai.architecture import MoEConfig
+from nanomai.architecture import MLAConfig, MoEConfig
 from nanomai.config import Config, ConfigError, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanomai.config_file import load_config
 from nanomai.model import Transformer
@@ -93,6 +93,28 @@ def test_flops(model, world_size):
     # a forward is a third of what the closed form gives attention; the backward makes the scores once more
     assert plain.flops["attention"] == T * attention * 3.5 / 3 and again.flops["attention"] == T * attention * 4.5 / 3
     assert plain.flops_per_token * T * world_size == sum(plain.flops.values()) * world_size
+
+
+@pytest.mark.parametrize("by", ["keys", "heads"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_flops_of_ranks_that_share_sequences(ranks, by):
+    """Their part of all, and of attention what the mask shows and no more."""
+    alone, shared = simulate(config(), 8), simulate(config(context=ranks, context_by=by), 8)
+    assert {kind: ranks * n for kind, n in shared.flops.items()} == alone.flops
+    assert shared.flops_per_token == alone.flops_per_token
+
+
+def test_flops_of_ranks_that_share_latents():
+    """By keys each makes those of all out of the latents; by heads its own. Scores are matrices here, masked or not."""
+    latents = MLAConfig(kv_rank=64, rope_dim=16, v_dim=24)
+    model = dataclasses.replace(MODEL, n_kv_heads=MODEL.n_heads, mla=latents)
+    keys, heads = (simulate(dataclasses.replace(config(context=4, context_by=by), model=model), 8).flops
+                   for by in ("keys", "heads"))
+    made = 3 * T * 6 * 64 * 8 * (32 - 16 + 24)  # for the other three quarters of the positions
+    piece = T // 8
+    pairs = (2 * 4 + 1) * piece**2 - T * T // 4  # by keys up to the ends of two pieces, by heads all of two heads
+    assert keys["attention"] == heads["attention"] == 0
+    assert keys["products"] - heads["products"] == 4 * (made // 4 + 6 * pairs * 8 * (32 + 24))
 
 
 # --- Others that count
@@ -175,7 +197,7 @@ LAYOUTS = {"fsdp": config(train=SHORT, recompute="full"), "tensor": config(train
 
 def really(rank, folder):
     """One step of each layout, in a real job; three times, as gloo may let go of a message late on a busy machine."""
-    ops.EXPLICIT_SCORES_LIMIT = 0
+    ops.EXPLICIT_SCORES_LIMIT, ops.causal_mask = 0, simulator._no_mask
     with process_group() as mesh, simulator._messages():
         for name, config in LAYOUTS.items():
             layout, seen = lay_out(config.parallel, mesh), []
@@ -250,7 +272,8 @@ def test_the_plan_agrees(run):
 
 PLANNED = {
     "one": {}, "three": {"n": 3}, "kept": {"n": 2, "keep_gathered": True}, "replicas": {"n": 2, "replicas": 4},
-    "selective": {"n": 2, "tensor": 8, "recompute": "selective"}, "heads": {"context": 4, "context_by": "heads"},
+    "selective": {"n": 2, "tensor": 8, "recompute": "selective"}, "keys": {"context": 4},
+    "heads": {"context": 4, "context_by": "heads"},
     "pipeline": {"n": 3, "pipeline": 2}, "interleaved": {"n": 4, "pipeline": 2, "stages_per_rank": 2},
     "experts": {"name": "mixtral-8x7b", "n": 2}, "experts elsewhere": {"name": "mai-1-moe", "expert": 16, "tensor": 8},
     "experts elsewhere, selective": {"name": "mai-1-moe", "expert": 16, "tensor": 8, "recompute": "selective"},
@@ -270,7 +293,7 @@ def test_the_plan_agrees_in_other_layouts(settings):
     counted, planned = simulate(config, 64 * 16, layers=layers, micro_batches=n), plan(config, 64 * 16)
     assert planned.memory["peak"] == pytest.approx(counted.peak, rel=0.03)
     assert planned.flops["computed_per_token"] == pytest.approx(counted.flops_per_token, rel=0.03)
-    sent = sum(seen["bytes"] for name, seen in counted.collectives.items() if name.startswith("context: a"))
+    sent = sum(seen["bytes"] for name, seen in counted.collectives.items() if name.startswith("context: "))
     assert planned.communication["context"] == pytest.approx(sent * (1 - 1 / parallel.context), rel=0.03)
 
 

@@ -73,18 +73,21 @@ def root_part(model: ModelConfig, stages: int, stage: int, tensor: int) -> Part:
     return Part(first * (stage == 0) + last * (stage == stages - 1))
 
 
-def kept_bytes(model: ModelConfig, experts: bool, s: dict[str, int], what: str, width: int = 2) -> float:
+def kept_bytes(model: ModelConfig, experts: bool, s: dict, what: str, width: int = 2, by: str = "keys") -> float:
     """Bytes that a block's forward pass leaves for its backward, for each token of this rank, in eager mode on a GPU.
 
-    Under tensor parallel the inputs of attention and MLP are gathered, so each rank keeps all of them; keys and values
-    are those of the whole sequence, gathered from the context ranks. A compiled block keeps less.
+    Under tensor parallel the inputs of attention and MLP are gathered, so each rank keeps all of them. Keys and values
+    are those of the whole sequence, of all heads or, where context ranks share `by` heads, of some, each as often as it
+    takes to share them out. A compiled block keeps less.
     """
     t, c, d, m, moe = s["tensor"], s["context"], model.d_model, model.mla, model.moe
     h, q, kv = model.n_heads, model.n_heads * model.head_dim, 2 * model.n_kv_heads * model.head_dim
-    y, latents, made_kv = q, 0, kv
+    g, y, latents, made_kv = model.n_kv_heads // t, q, 0, kv
+    times = c if by == "keys" else math.lcm(g, c) / g  # what attention has, over a rank's own
     if m.kv_rank:
         y, latents, made_kv = h * m.v_dim, m.q_rank + m.kv_rank, h * (model.head_dim - m.rope_dim + m.v_dim)
-        kv = q + made_kv  # keys are put together from two parts, values are where they were made
+        # keys are put together from two parts, values are where they were made: out of the latents of all
+        kv, made_kv = q + made_kv, made_kv * times
     residual, hidden, routed = width * d / t, _hidden(model, experts) / t, moe.experts_per_token * d * experts
     if what == "full":
         return residual
@@ -94,7 +97,7 @@ def kept_bytes(model: ModelConfig, experts: bool, s: dict[str, int], what: str, 
     norm = 4 if model.norm == "rmsnorm" else width  # RMSNorm keeps its input in float32; latents and queries have one
     norms = norm * (1 if model.parallel_block else 2) * d / t + 4 * (latents + model.qk_norm * (q + kv / 2) / t)
     inputs = (1 if model.parallel_block and t == 1 else 2) * d + latents
-    attention = (q + kv * c + 2 * y) / t  # y as attention leaves it, and with its heads in a row
+    attention = (q + kv * times + 2 * y) / t  # y as attention leaves it, and with its heads in a row
     router = (4 * d + 8 * moe.n_experts) * experts
     return norms + width * (inputs + attention + COPIES[model.activation] * hidden + 2 * routed) + 4 * h / t + router
 
@@ -179,7 +182,7 @@ def _activations(config: Config, s: dict[str, int], groups: list[tuple[int, bool
     model, p, stages = config.model, config.parallel, s["pipeline"]
     v, layers = p.stages_per_rank, sum(n for n, _ in groups)  # with v > 1 what is in flight is v-ths of a rank's layers
     flying = min(count, stages - stage if v == 1 else ((v - 1) * stages + 2 * (stages - 1 - stage) + 1) / v)
-    kept = sum(n * kept_bytes(model, experts, s, p.recompute, width) for n, experts in groups)
+    kept = sum(n * kept_bytes(model, experts, s, p.recompute, width, p.context_by) for n, experts in groups)
     if stages > 1:  # what it sent is kept as well, as the end of what its backward goes through
         kept += (v - (stage == stages - 1)) * width * model.d_model / s["tensor"]
     return layers, flying, kept
@@ -191,11 +194,11 @@ def _work(config: Config, s: dict[str, int], experts: bool, tokens: float, width
     Those are where results of experts are weighted, the non-linearity, when the last product has its gradient, and
     the inputs of the MLP, when all its products have theirs.
     """
-    model, moe, d, t = config.model, config.model.moe, config.model.d_model, s["tensor"]
+    model, p, moe, d, t = config.model, config.parallel, config.model.moe, config.model.d_model, s["tensor"]
     hidden, routed = width * _hidden(model, experts) / t, width * moe.experts_per_token * d * experts
     units = moe.d_expert * (moe.n_experts / s["expert"] + moe.n_shared_experts) if experts else model.d_ff
     matrix, n = width * d * units / t, 3 if model.gated else 2
-    again = [kept_bytes(model, experts, s, what, width) for what in ("none", config.parallel.recompute)]
+    again = [kept_bytes(model, experts, s, what, width, p.context_by) for what in ("none", p.recompute)]
     moments = (tokens * (2 + (s["expert"] > 1)) * routed,
                tokens * ((n - 1) * hidden - routed) + matrix,
                tokens * (routed - (COPIES[model.activation] - 1) * hidden + 2 * width * d) + n * matrix)
@@ -236,24 +239,27 @@ def _for_attention(model: ModelConfig, by: str, c: int, t: int) -> float:
     """Numbers that go between context ranks in one forward pass of a layer, for each token that a rank has."""
     if by == "keys":  # it gets those of all
         return c * model.kv_cache_bytes_per_token() / model.n_layers / 2 / (1 if model.mla.kv_rank else t)
-    latent = model.mla.kv_rank > 0
-    heads, values = (model.n_heads, model.mla.v_dim) if latent else (model.n_kv_heads, model.head_dim)
-    return (model.n_heads / t + math.lcm(heads // t, c)) * (model.head_dim + values)
+    values = model.mla.v_dim if model.mla.kv_rank else model.head_dim
+    return (model.n_heads / t + math.lcm(model.n_kv_heads // t, c)) * (model.head_dim + values)
 
 
 @lru_cache(maxsize=256)
-def flops_of(model: ModelConfig, length: int, recompute: str) -> dict[str, float]:
+def flops_of(model: ModelConfig, length: int, recompute: str, sharing_keys: int = 0) -> dict[str, float]:
     """FLOPs for one token, over all stages: what the model asks for, and what is computed, some of it twice.
 
     Under `full` the last product of an MLP is not computed again, but with experts it is: its result is weighted. Nor
-    is the head. Flash attention's backward is 2.5 of its forwards: it computes the scores again itself.
+    is the head. Flash attention's backward is 2.5 of its forwards: it computes the scores again itself. Ranks that
+    share keys compute what the mask shows, or, of heads that our kernel does not take, all up to a piece's end; and if
+    what they share is latents, each makes the keys and values of all.
     """
     blocks, head, full = model.layer_parameters(active=True), model.vocab_size * model.d_model, recompute == "full"
-    wanted = model.flops_per_token(length)
+    wanted, m, others = model.flops_per_token(length), model.mla, max(0, sharing_keys - 1)
     attention = wanted - 6 * (blocks + head)
     last = model.d_model * model.d_ff * blocks_of(model, 1, 0)[0]
-    return {"wanted": wanted, "blocks": 6 * blocks + 2 * (blocks - last) * full, "head": 6 * head,
-            "attention": attention * (4.5 if full else 3.5) / 3}
+    made = model.n_layers * m.kv_rank * model.n_heads * (model.head_dim - m.rope_dim + m.v_dim) * others
+    hidden = 1 / (2 * sharing_keys) if others and (m.kv_rank or model.head_dim > 128) else 0.0
+    return {"wanted": wanted, "blocks": 6 * (blocks + made) + 2 * (blocks + made - last) * full,
+            "head": 6 * head, "attention": attention * (4.5 if full else 3.5) / 3 * (1 + hidden)}
 
 
 @lru_cache(maxsize=256)

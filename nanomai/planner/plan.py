@@ -80,13 +80,13 @@ def plan(config: Config, gpus: int = 1, gpu: str | Device = "h100", assumptions:
     main = max(range(len(steps)), key=lambda i: steps[i][0] * steps[i][1])  # where most of the tokens are read
     memory = _memory(config, sizes, device, a, micro, max(count for _, _, count in steps))
     traffic, held = _traffic(config, sizes, micro, steps[main][2])
-    model, flops = config.model, counts.flops_of(config.model, length, config.parallel.recompute)
+    model, flops = config.model, _flops(config, sizes)
     seconds, tokens = times[main]["step"], steps[main][1]
     computed = flops["blocks"] + flops["head"] + flops["attention"]
     return Plan(
         name=config.name, gpu=device.name, gpus=gpus,
-        layout=sizes | {name: getattr(config.parallel, name) for name in ("stages_per_rank", "recompute",
-                                                                          "keep_gathered")},
+        layout=sizes | {name: getattr(config.parallel, name)
+                        for name in ("stages_per_rank", "recompute", "keep_gathered", "context_by")},
         batch={"tokens": tokens, "sequence_length": length, "micro_batch": micro, "micro_batches": steps[main][2]},
         parameters={"total": model.n_parameters, "active": model.n_active_parameters, "held": held},
         flops={"per_token": flops["wanted"], "computed_per_token": computed, "per_step": flops["wanted"] * tokens},
@@ -129,10 +129,16 @@ def _traffic(config: Config, sizes: dict[str, int], micro: int, count: int) -> t
     return max(each, key=lambda t: sum(t.values())), counts.held_by(config, sizes, 0).share
 
 
-def _rates(s: dict[str, int], device: Device, a: Assumptions) -> dict[str, float]:
+def _flops(config: Config, s: dict[str, int]) -> dict[str, float]:
+    p = config.parallel
+    return counts.flops_of(config.model, config.sequence_length, p.recompute, s["context"] * (p.context_by == "keys"))
+
+
+def _rates(s: dict[str, int], device: Device, a: Assumptions, by: str) -> dict[str, float]:
     """Bytes a second that one rank sends along each axis.
 
-    A ring over several machines enters each of them once, so its neighbours there share their ways to the network.
+    A ring over several machines enters each of them once, so its neighbours there share their ways to the network. In
+    an all-to-all every rank sends to every other, and nothing passes through.
     """
     strides = {"tensor": 1, "expert": s["tensor"], "context": s["tensor"] * s["expert"], "fsdp": s["tensor"],
                "fsdp of experts": s["tensor"] * s["expert"]}
@@ -143,7 +149,7 @@ def _rates(s: dict[str, int], device: Device, a: Assumptions) -> dict[str, float
         return dict.fromkeys((*rates, *strides), links)
     for axis, stride in strides.items():
         neighbours = max(1, min(ranks[axis], device.in_machine // stride))
-        shared = 1 if axis == "expert" else neighbours  # every rank sends to every other: nothing passes through
+        shared = 1 if axis == "expert" or (axis, by) == ("context", "heads") else neighbours
         rates[axis] = links if ranks[axis] <= neighbours else min(links, network * shared)
     return rates
 
@@ -158,7 +164,7 @@ def step_time(config: Config, s: dict[str, int], device: Device, a: Assumptions,
 def _stage_time(config: Config, s: dict[str, int], device: Device, a: Assumptions, micro: int, count: int,
                 stage: int) -> dict[str, float]:
     model, length = config.model, config.sequence_length
-    flops = counts.flops_of(model, length, config.parallel.recompute)
+    flops = _flops(config, s)
     layers = sum(counts.blocks_of(model, s["pipeline"], stage, config.parallel.stages_per_rank)) / model.n_layers
     is_last = stage == s["pipeline"] - 1
     tokens = micro * count * length / s["context"] / s["tensor"]
@@ -166,7 +172,7 @@ def _stage_time(config: Config, s: dict[str, int], device: Device, a: Assumption
     products = (flops["blocks"] * layers * uneven + flops["head"] * is_last) * tokens
     swept, at_head = counts.swept_bytes(model, config.parallel.recompute)
     traffic = counts.traffic_of(config, s, micro, count, stage)
-    rates = _rates(s, device, a)
+    rates = _rates(s, device, a, config.parallel.context_by)
     sending = {axis: sent / rates[axis] for axis, sent in traffic.items()}
     sending["expert"] *= a.imbalance
     peak = device.peak * device.reach
