@@ -194,6 +194,17 @@ def test_traffic_by_small_arithmetic():
     assert traffic(64, keep_gathered=True)["fsdp"] < sent["fsdp"]
 
 
+def test_an_all_to_all_over_machines_shares_no_way():
+    """16 ranks are two machines. Eight neighbours in a ring share their ways out; in an all-to-all each has its own."""
+    config = replace(BILLIONS, **{"train.batch_tokens": 2**19})
+    h100, waited = find_device("h100"), {}
+    for by in ("keys", "heads"):
+        found = plan(replace(config, **{"parallel.context": 16, "parallel.context_by": by}), 64)
+        waited[by] = found.communication["context"] / found.time["context"]
+    assert waited["heads"] == pytest.approx(0.27 * h100.network)
+    assert waited["keys"] == pytest.approx(min(0.95 * h100.links, 8 * 0.27 * h100.network))
+
+
 def test_time_adds_up_and_units_are_seconds():
     found = plan(replace(BILLIONS, **{"parallel.tensor": 2}), 64)
     time, speed, run = found.time, found.speed, found.run
@@ -280,6 +291,19 @@ def test_search_finds_layouts_that_plan_agrees_with():
     again = dataclasses.replace(BILLIONS, parallel=ParallelConfig(**sizes), train=dataclasses.replace(
         BILLIONS.train, micro_batch=fitting[0].batch["micro_batch"]))
     assert plan(again, 8) == fitting[0]
+    assert {found.layout["context_by"] for found in fitting if found.layout["context"] > 1} == {"keys", "heads"}
+
+
+def test_search_says_how_sequences_are_shared(capsys):
+    assert main("plan llama-3.1-405b --gpus 16384 --search".split()) == 0
+    page = capsys.readouterr().out
+    assert "x context 16 by keys x" in page and "x context 16 by heads x" in page
+
+
+def test_search_leaves_out_what_cuts_no_sequence():
+    """8,192 tokens make no 6 pieces."""
+    found, _ = search(BILLIONS, 6)
+    assert {plan.layout["context"] for plan in found} == {1, 2}
 
 
 def test_the_largest_model_grows_with_the_machine(capsys):

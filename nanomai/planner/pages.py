@@ -17,7 +17,7 @@ WHAT = {
     "work": "a layer's gradients, and what its backward computes again",
     "headroom": "for the allocator, the driver, collectives", "products": "matrix products",
     "attention": "scores, and their products with values", "traffic": "norms, gates, residuals: bound by memory",
-    "tensor": "gathers and scatters, waited for", "context": "keys and values, waited for",
+    "tensor": "gathers and scatters, waited for", "context": "for attention, waited for",
     "expert": "tokens to experts and back, waited for", "bubble": "stages that wait for micro-batches",
     "exposed": "of what is sent beside arithmetic, what takes longer than it", "optimizer's": "bound by memory",
     "waiting": "for the slowest machine", "hidden": "sent beside arithmetic: not in the sum"}
@@ -33,7 +33,8 @@ def short(number: float) -> str:
 
 def layout_of(found: Plan) -> str:
     """tensor 8 x fsdp 16; recompute full"""
-    sizes = [f"{axis} {n}" for axis, n in found.layout.items() if not isinstance(n, str | bool) and n > 1]
+    sizes = [f"{axis} {n}" + f" by {found.layout['context_by']}" * (axis == "context")
+             for axis, n in found.layout.items() if not isinstance(n, str | bool) and n > 1]
     kept = "; keep_gathered" if found.layout["keep_gathered"] else ""
     return f"{' x '.join(sizes) or 'one process'}; recompute {found.layout['recompute']}{kept}"
 

@@ -20,21 +20,22 @@ def layouts(config: Config, gpus: int, device: Device, recomputes: tuple[str, ..
     model, length = config.model, config.sequence_length
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     tensor = [n for n in divisors if n <= device.in_machine and model.n_kv_heads % n == 0]
-    context = [n for n in divisors if n == 1 or (n <= 16 and length // n >= 2048)]
+    context = [(1, "keys"), *((n, by) for n in divisors if 1 < n <= 16 and length // n >= 2048 and not length % (2 * n)
+                              for by in ("keys", "heads"))]
     expert = [n for n in divisors if (model.moe.n_experts or 1) % n == 0]
     pipeline = [(1, 1), *((n, v) for n in divisors if 1 < n <= 16 for v in (1, 2) if n * v <= model.n_layers)]
     common = math.gcd(*(tokens // length for _, tokens in config.batches))
-    for t, c, e, (p, v) in itertools.product(tensor, context, expert, pipeline):
+    for t, (c, by), e, (p, v) in itertools.product(tensor, context, expert, pipeline):
         ranks = gpus // (t * c * p)
-        if gpus % (t * c * p) or common % ranks or ranks % e:
+        if gpus % (t * c * p) or common % ranks or ranks % e or length % (t * c):
             continue
         for replicas in sorted({1, max(1, ranks // 64)}):
             if ranks // replicas % e:
                 continue
             for recompute, micro, kept in itertools.product(recomputes, micros, keeps):
                 if not (kept and p > 1) and micro * ranks <= common:
-                    parallel = ParallelConfig(replicas=replicas, tensor=t, context=c, expert=e, pipeline=p,
-                                              stages_per_rank=v, keep_gathered=kept, recompute=recompute)
+                    parallel = ParallelConfig(replicas=replicas, tensor=t, context=c, context_by=by, expert=e,
+                                              pipeline=p, stages_per_rank=v, keep_gathered=kept, recompute=recompute)
                     yield replace(config, parallel=parallel, train=replace(config.train, micro_batch=micro))
 
 
