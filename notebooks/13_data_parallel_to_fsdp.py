@@ -6,38 +6,39 @@
 # Prove that all of them, two real processes of the package included, train
 # the very same model.
 #
-# **Prerequisites.** `06_training`; generators (`yield`) for one exercise.
+# **Prerequisites.** `06_training`; `checkpoint` from
+# `12_memory_and_checkpointing`; generators (`yield`) for one exercise.
 # **Time.** About 60 minutes; it runs in under a minute.
 #
 # **You will be able to**
 # - say what an all-reduce sends, step by step, and why the ring is cheap;
 # - split a batch of any kind so that the gradient stays the same;
-# - write a sharded AdamW, and a backward pass that gathers one block at a
-#   time;
+# - write a sharded AdamW, and a model that gathers one block at a time;
 # - read off what a rank holds and sends at each stage.
 
 # %%
 import tempfile
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import nanomai
-from nanomai import optim
+from nanomai import ops, optim
 from nanomai.config import ModelConfig, OptimConfig
 from nanomai.exercises import data_parallel as exercises
-from nanomai.ops import IGNORE
-from nanomai.parallel.apply import clip_gradients
 from nanomai.parallel.launch import launch
 from nanomai.planner import counts
 from nanomai.show import lesson
 
 lesson()
-generator = torch.Generator().manual_seed(13)
 
 # %% [markdown]
 # ## 1 All-reduce: a sum that everyone gets
@@ -52,30 +53,34 @@ generator = torch.Generator().manual_seed(13)
 # arrives to its own copy, so a chunk grows into the sum of all ranks as it
 # travels: a *reduce-scatter*, since rank $r$ ends up with the finished chunk
 # $r$. In the next $W-1$ steps finished chunks travel on and *replace* what
-# was there: an *all-gather*. Rank $r$ always sends chunk $r - 1 - \mathrm{step}$,
-# modulo $W$.
+# was there: an *all-gather*.
+#
+# > **Predict.** For $W = 4$ each rank sends 3 + 3 chunks of $n/4$ numbers.
+# > How many does it send with 1,024 ranks, against the $1023\,n$ that
+# > rank 0 would have to take in?
 
 # %%
+messages = []  # (step, the rank that sends, chunk, how many numbers)
+
+
 def ring(held, steps):
     """held[r][c] is rank r's copy of chunk c; works in place."""
-    W, log = len(held), []
+    W = len(held)
     for step in steps:
         chunk = [(r - 1 - step) % W for r in range(W)]
         leaving = [held[r][chunk[r]] for r in range(W)]  # all at once
-        for r in range(W):
-            right, c, arriving = (r + 1) % W, chunk[r], leaving[r]
-            adds = step < W - 1
-            held[right][c] = held[right][c] + arriving if adds else arriving
-            log.append((step, r, c, len(arriving)))
-    return log
+        for r, (c, x) in enumerate(zip(chunk, leaving, strict=True)):
+            right = held[(r + 1) % W]
+            right[c] = right[c] + x if step < W - 1 else x
+            messages.append((step, r, c, len(x)))
 
-
+# %%
 def reduce_scatter(vectors):
     """W vectors (n,) -> rank r's chunk of their sum, (n / W,)"""
     W = len(vectors)
     held = [list(v.tensor_split(W)) for v in vectors]
-    log = ring(held, range(W - 1))
-    return [held[r][r] for r in range(W)], log
+    ring(held, range(W - 1))
+    return [held[r][r] for r in range(W)]
 
 
 def all_gather(chunks):
@@ -83,47 +88,41 @@ def all_gather(chunks):
     W = len(chunks)
     held = [[c if r == i else None for i, c in enumerate(chunks)]
             for r in range(W)]
-    log = ring(held, range(W - 1, 2 * W - 2))
-    return [torch.cat(h) for h in held], log
-
-# %% [markdown]
-# > **Predict.** For $W = 4$ each rank sends 3 + 3 chunks of $n/4$ numbers.
-# > How many does it send with 1,024 ranks, against the $1023\,n$ that
-# > rank 0 would have to take in?
+    ring(held, range(W - 1, 2 * W - 2))
+    return [torch.cat(h) for h in held]
 
 # %%
+def all_reduce(vectors):
+    return all_gather(reduce_scatter(vectors))
+
+
+generator = torch.Generator().manual_seed(13)
 W, n = 4, 12
 vectors = [torch.randn(n, generator=generator) for _ in range(W)]
-chunks, first = reduce_scatter(vectors)
-wholes, second = all_gather(chunks)
-for whole in wholes:
+for whole in all_reduce(vectors):
     assert_close(whole, sum(vectors))
-log = first + second
 for r in range(W):
-    sent = sum(size for _, rank, _, size in log if rank == r)
+    sent = sum(size for _, rank, _, size in messages if rank == r)
     assert sent == 2 * (W - 1) / W * n
 print(f"{W} ranks, all have the sum; each sent {sent / n} n")
 print(f"1,024 ranks: {2 * 1023 / 1024:.3f} n")
 
 # %%
 plt.figure(figsize=(7.0, 3.0))
-for step, r, c, _ in log:
+for step, r, c, _ in messages:
     done = min(step + 1, W)  # so many ranks' numbers are in the chunk
-    plt.barh(r, 0.92, left=step + 0.04, height=0.8,
-             color=plt.cm.Blues(0.15 + 0.18 * done))
+    plt.barh(r, 0.92, left=step + 0.04, color=plt.cm.Blues(0.18 * done))
     plt.text(step + 0.5, r, f"chunk {c}\n{done} of {W}", ha="center",
              va="center", color="white" if done > 2 else "black")
 plt.axvline(W - 1, color="k", ls="--")
-plt.text(1.5, -0.75, "reduce-scatter", ha="center")
-plt.text(4.5, -0.75, "all-gather", ha="center")
-plt.xlabel("step of the ring")
-plt.xticks([s + 0.5 for s in range(2 * W - 2)], range(2 * W - 2))
-plt.ylabel("rank that sends")
+plt.title("reduce-scatter" + 30 * " " + "all-gather", size=10)
+plt.xticks([s + 0.5 for s in range(6)], range(6))
 plt.yticks(range(W))
-plt.ylim(W - 0.4, -1.1)  # rank 0 on top
+plt.gca().set(xlabel="step of the ring", ylabel="rank that sends")
+plt.gca().invert_yaxis()
 plt.grid(False)
 plt.show()
-assert [c for step, r, c, _ in log if step == W - 1] == list(range(W))
+assert [c for step, _, c, _ in messages if step == W - 1] == [0, 1, 2, 3]
 
 # %% [markdown]
 # Nearly $2n$, however many ranks there are: the work is shared out evenly, and
@@ -148,80 +147,62 @@ config = ModelConfig(n_layers=3, d_model=48, n_heads=4, n_kv_heads=2,
                      tied_embeddings=False)
 settings = OptimConfig(lr=0.01, grad_clip=0.5, eps=1e-5)
 text = torch.tensor(list(Path("lesson.txt").read_bytes()))
-
-
-def batch(step):
-    """Bytes and targets, (8, 32) each"""
-    g = torch.Generator().manual_seed(step)
-    begin = torch.randint(len(text) - 33, (8,), generator=g)
-    rows = torch.stack([text[i : i + 33] for i in begin])
-    targets = rows[:, 1:].clone()
-    targets[:3, 4:] = IGNORE
-    return rows[:, :-1], targets
+begin = torch.randint(len(text) - 33, (3, 8, 1), generator=generator)
+rows = text[begin + torch.arange(33)]  # three batches: (3, 8, 33)
+targets = rows[..., 1:].clone()
+targets[:, :3, 4:] = ops.IGNORE
+batches = list(zip(rows[..., :-1], targets, strict=True))
 
 
 def parts(step, W):
     """What each rank reads: W pairs of (8 / W, 32)"""
-    return list(zip(*(x.chunk(W) for x in batch(step)), strict=True))
+    return list(zip(*(x.chunk(W) for x in batches[step]), strict=True))
 
 
-valid = [(t != IGNORE).sum().item() for _, t in parts(0, 2)]
-count = sum(valid)
-print("labels of 2 ranks:", valid, "together", count)
+labels = [(t != ops.IGNORE).sum().item() for _, t in parts(0, 2)]
+count = sum(labels)
+print("labels of 2 ranks:", labels, "together", count)
 
 # %% [markdown]
-# The judge of everything below is one process with the package's model,
-# clipping and AdamW. It takes three steps, each on a whole batch, and keeps
-# its weights and its last gradient. (AdamW divides by $\sqrt v + \varepsilon$.
-# Sums in another order round differently, and where a gradient is little more
-# than rounding, that quotient would make a step of it; so our $\varepsilon$ is
-# larger than usual.)
+# The judge of everything below is the package in one process:
+# [`train_sharded`](../nanomai/exercises/data_parallel.py), 20 lines, takes a
+# step with each batch as the trainer would, with its clipping and its AdamW,
+# and leaves weights and the last gradient in a file. (AdamW divides by
+# $\sqrt v + \varepsilon$. Where a gradient is little more than rounding, that
+# quotient would make a step of it; so our $\varepsilon$ is larger than usual.)
+#
+# For our own ranks a model is one long vector, of which the parameters are
+# slices. AdamW is that of `06_training`; it treats every number by itself, so
+# it works on any piece of the vector. (Muon needs a matrix whole: see
+# `nanomai/optim.py`.)
 
 # %%
-def one_process(steps=3):
-    model = nanomai.build_model(config, seed=13)
-    (adamw,) = optim.build_optimizers(model, settings)
-    optim.set_learning_rate([adamw], settings.lr)
-    norms = []
-    for step in range(steps):
-        adamw.zero_grad()
-        model(*batch(step), reduction="sum").backward()
-        norms.append(clip_gradients(model, settings.grad_clip, count).item())
-        adamw.step()
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    return weights, {n: p.grad for n, p in model.named_parameters()}, norms
+folder = Path(tempfile.mkdtemp())
+torch.save(batches, folder / "batches.pt")
+exercises.train_sharded(0, config, settings, 13, folder)
+judge = torch.load(folder / "rank-0.pt")
 
 
 def assert_same_training(weights, gradients):
-    for found, true in ((weights, true_weights), (gradients, true_gradients)):
-        assert found.keys() == true.keys()
-        for name in true:
-            assert_close(found[name], true[name], rtol=1e-3, atol=1e-5)
+    for kind, found in (("weights", weights), ("gradients", gradients)):
+        assert found.keys() == judge[kind].keys()
+        for name, x in found.items():
+            assert_close(x, judge[kind][name], rtol=1e-3, atol=1e-5)
 
 
-true_weights, true_gradients, true_norms = one_process()
 print(config.n_parameters, "parameters; every gradient is clipped:",
-      min(true_norms) > settings.grad_clip)
-
-# %% [markdown]
-# For our ranks a model is one long vector, of which the parameters are slices.
-# AdamW is that of `06_training`; it treats every number by itself, so it works
-# on any piece of the vector. (Muon does not: it needs a matrix whole. So ranks of
-# the package change parts of all matrices for some whole ones and back, by two
-# all-to-alls of `nanomai/optim.py`.)
+      min(judge["norms"]) > settings.grad_clip)
 
 # %%
 model = nanomai.build_model(config, seed=13)
-shapes = {n: p.shape for n, p in model.named_parameters()}
-start = torch.cat([p.detach().flatten() for p in model.parameters()])
-decay = torch.cat([torch.full((p.numel(),), settings.weight_decay
-                              * optim.is_decayed(n, p))
-                   for n, p in model.named_parameters()])
+named = {n: p.detach() for n, p in model.named_parameters()}
+start = torch.cat([p.flatten() for p in named.values()])
 
 
 def tensors(vector):
-    pieces = vector.split([s.numel() for s in shapes.values()])
-    return {n: v.view(shapes[n]) for n, v in zip(shapes, pieces, strict=True)}
+    pieces = vector.split([p.numel() for p in named.values()])
+    return {n: x.view_as(named[n])
+            for n, x in zip(named, pieces, strict=True)}
 
 
 def loss(vector, part, reduction="sum"):
@@ -234,6 +215,12 @@ def gradient(vector, part, reduction="sum"):
     return torch.autograd.grad(loss(leaf, part, reduction), leaf)[0]
 
 # %%
+decays = {n: settings.weight_decay * optim.is_decayed(n, p)
+          for n, p in named.items()}
+decay = torch.cat([torch.full((p.numel(),), decays[n])
+                   for n, p in named.items()])
+
+
 def adamw(p, g, state, decay):
     """The new p; `state` keeps m, v and the count of steps."""
     b1, b2 = settings.beta1, settings.beta2
@@ -247,83 +234,84 @@ def adamw(p, g, state, decay):
 # %% [markdown]
 # What must the sum be divided by? Many frameworks let each rank take the mean
 # over its own tokens and then average over the ranks. `nanomai` adds up sums
-# and divides once, by the number of labels of the whole batch.
-#
-# > **Predict.** Our two ranks have 44 and 128 labels. In a mean of means, how
-# > many times as much does a label of the first rank weigh?
+# and divides once, by the number of labels of the whole batch. Clipping must
+# see the norm of the *summed* gradient, which every rank can compute for
+# itself.
 
 # %%
-whole = gradient(start, batch(0), "mean")
+def clipped(x, norm):
+    return x * min(1.0, settings.grad_clip / (norm + 1e-6))
+
+
+def data_parallel(weights, states, g, reduce=all_reduce):
+    """A step of all ranks: new weights, and the gradients they used"""
+    g = [x / count for x in reduce(g)]
+    g = [clipped(x, x.norm()) for x in g]
+    return list(map(adamw, weights, g, states, [decay] * len(g))), g
+
+
+def train(make_step, W, steps=3):
+    weights, states = [start] * W, [{} for _ in range(W)]
+    for step in range(steps):
+        g = list(map(gradient, weights, parts(step, W)))
+        weights, g = make_step(weights, states, g)
+    return weights, g, states
+
+# %%
+bytes_held = {}  # by stage and W: what rank 0 has
+
+
+def check(stage, make_step):
+    for W in (2, 4):
+        weights, g, states = train(make_step, W)
+        for on_rank in zip(weights, g, strict=True):
+            assert_same_training(*map(tensors, on_rank))
+        of_rank_0 = (weights[0], g[0], states[0]["m"], states[0]["v"])
+        bytes_held[stage, W] = sum(x.nbytes for x in of_rank_0)
+        print(W, "ranks: weights and gradients of all as one process")
+
+
+check(0, data_parallel)
+
+# %% [markdown]
+# Break it, in two ways that crash nothing. First, a mean of means. Second, no
+# all-reduce at all.
+#
+# > **Predict.** Our two ranks have 44 and 128 labels. In a mean of means, how
+# > many times as much does a label of the first rank weigh? And without the
+# > all-reduce, does each rank's loss fall nevertheless? After three steps, how
+# > far apart are the copies, compared with the way that one has gone?
+
+# %%
+whole = gradient(start, batches[0], "mean")
 each = [gradient(start, part) for part in parts(0, 2)]
 wrong = sum(gradient(start, part, "mean") for part in parts(0, 2)) / 2
 assert_close(sum(each) / count, whole, rtol=1e-4, atol=1e-6)
 off = ((wrong - whole).norm() / whole.norm()).item()
 print(f"sums, divided once: right; mean of means: off by {off:.0%}")
-print(f"a label of rank 0 weighs {valid[1] / valid[0]:.1f} times as much")
+print(f"a label of rank 0 weighs {labels[1] / labels[0]:.1f} times as much")
 assert off > 0.1
 
-# %% [markdown]
-# 2.9 times, and the gradient is another one. Widely used trainers have had
-# this bug, between ranks and between micro-batches.
-#
-# Now three data-parallel steps. The clipping must see the norm of the
-# *summed* gradient, which every rank can compute for itself.
-
 # %%
-def all_reduce(vectors):
-    return all_gather(reduce_scatter(vectors)[0])[0]
-
-
-def clip_scale(norm):
-    return min(1.0, settings.grad_clip / (norm + 1e-6))
-
-
-def data_parallel(W, reduce=all_reduce, steps=3):
-    """The weights of each rank, and the gradient it last used."""
-    weights = [start.clone() for _ in range(W)]
-    states = [{} for _ in range(W)]
-    for step in range(steps):
-        g = [gradient(w, part) for w, part in
-             zip(weights, parts(step, W), strict=True)]
-        g = [x / count for x in reduce(g)]
-        g = [x * clip_scale(x.norm()) for x in g]
-        weights = [adamw(*x, decay) for x in zip(weights, g, states,
-                                                 strict=True)]
-    return weights, g
-
-
-for W in (2, 4):
-    weights, g = data_parallel(W)
-    for r in range(W):
-        assert_same_training(tensors(weights[r]), tensors(g[r]))
-    print(W, "ranks, 3 steps: weights and gradients of all as one process")
-
-# %% [markdown]
-# Break it: forget the all-reduce. Nothing crashes.
-#
-# > **Predict.** Does each rank's loss fall nevertheless? After three steps,
-# > how far apart are the copies, compared with the way that one has gone?
-
-# %%
-weights, g = data_parallel(2, reduce=lambda vectors: vectors)
-with torch.no_grad():
-    falls = [loss(w, part).item() < 0.95 * loss(start, part).item()
-             for w, part in zip(weights, parts(2, 2), strict=True)]
+(one, other), *_ = train(partial(data_parallel, reduce=list), 2)
+falls = [(loss(w, part) < 0.95 * loss(start, part)).item()
+         for w, part in zip((one, other), parts(2, 2), strict=True)]
 print("the loss of each rank falls:", falls)
 assert all(falls)
-way = (weights[0] - start).norm().item()
-apart = (weights[0] - weights[1]).norm().item()
-print(f"apart by {apart / way:.1f} of the way")
-assert apart > 0.5 * way
+apart = ((one - other).norm() / (one - start).norm()).item()
+print(f"apart by {apart:.1f} of the way")
+assert apart > 0.5
 try:
-    assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)
+    assert_close(one, other, rtol=1e-3, atol=1e-5)
 except AssertionError as error:
     print("the copies differ:", type(error).__name__)
 
 # %% [markdown]
-# Both losses fall, and the copies are farther apart than the first has moved.
-# Two models are being trained on half the data each, and rank 0 will save one
-# of them. Only a comparison of the ranks shows it.
+# 2.9 times, and the gradient is another one; widely used trainers have had this
+# bug, between ranks and between micro-batches. In the second both losses
+# fall, and the copies are farther apart than the first has moved: two models
+# are being trained on half the data each, and rank 0 will save one of them.
+# Only a comparison of the ranks shows it.
 #
 # ## 3 ZeRO 1: why should all do the same update?
 #
@@ -339,39 +327,22 @@ except AssertionError as error:
 # > Which, and how much must be sent for it?
 
 # %%
-def zero_1(W, steps=3, clip_alone=False):
-    weights = [start.clone() for _ in range(W)]
-    states = [{} for _ in range(W)]
-    for step in range(steps):
-        g = [gradient(w, part) for w, part in
-             zip(weights, parts(step, W), strict=True)]
-        slices = [x / count for x in reduce_scatter(g)[0]]  # (N / W,)
-        squares = [x.square().sum() for x in slices]
-        for r in range(W):
-            total = squares[r] if clip_alone else sum(squares)
-            slices[r] = slices[r] * clip_scale(total.sqrt())
-        mine = [adamw(w.tensor_split(W)[r], slices[r], states[r],
-                      decay.tensor_split(W)[r])
-                for r, w in enumerate(weights)]
-        weights = all_gather(mine)[0]
-    return weights, all_gather(slices)[0], states
+def zero_1(weights, states, g):
+    W = len(weights)
+    slices = [x / count for x in reduce_scatter(g)]  # (N / W,) each
+    norm = sum(x.square().sum() for x in slices).sqrt()
+    slices = [clipped(x, norm) for x in slices]
+    mine = [w.tensor_split(W)[r] for r, w in enumerate(weights)]
+    new = map(adamw, mine, slices, states, decay.tensor_split(W))
+    return all_gather(list(new)), all_gather(slices)
 
 
-for W in (2, 4):
-    weights, g, states = zero_1(W)
-    for r in range(W):
-        assert_same_training(tensors(weights[r]), tensors(g[r]))
-        assert len(states[r]["m"]) in (len(start) // W, len(start) // W + 1)
-    print(W, "ranks: as one process, with 1 /", W, "of the moments each")
-try:
-    assert_same_training(*map(tensors, [x[0] for x in zero_1(
-        2, clip_alone=True)[:2]]))
-except AssertionError as error:
-    print("clipped slice by slice:", type(error).__name__)
+check(1, zero_1)
+print(f"4 ranks hold {bytes_held[1, 4] / bytes_held[0, 4]:.0%} as much each")
 
 # %% [markdown]
 # The norm: each rank squares and adds its slice, and one number per rank is
-# summed. Where each clips by its own slice's norm, the gradient turns.
+# summed. (Our ranks gathered the last gradient only to be compared.)
 #
 # ## 4 ZeRO 2 and 3: one block at a time
 #
@@ -383,170 +354,130 @@ except AssertionError as error:
 #
 # We now cut as PyTorch's FSDP2 does: every parameter by its rows, `chunk(W)`.
 # The *units* that are gathered as one are the blocks and the *root*, which is
-# all the rest and stays whole during the step, being first and last to run.
+# all the rest, first and last to run. We note how many bytes of gathered
+# weights are alive, by references that do not keep them so.
 
 # %%
-units = {"root": [n for n in shapes if not n.startswith("blocks.")]}
+units = {"root": [n for n in named if not n.startswith("blocks.")]}
 for i in model.blocks:
-    units[i] = [n for n in shapes if n.startswith(f"blocks.{i}.")]
+    units[i] = [n for n in named if n.startswith(f"blocks.{i}.")]
+log, alive = [], []  # (what, unit, bytes), and (reference, bytes)
 
 
-def rows(p, W):
-    """FSDP2's cut: W chunks of rows, the last ones may be empty"""
-    cut = list(p.chunk(W))
-    return [c.clone() for c in cut + [p[:0]] * (W - len(cut))]
+def note(what, unit):
+    alive[:] = [(ref, size) for ref, size in alive if not ref.expired()]
+    log.append((what, unit, sum(size for _, size in alive)))
 
 
-def enter(w, ids):  # (b, T) -> (b, T, D)
-    return w["embed.weight"][ids] + w["positions.weight"][: ids.shape[1]]
+def gather(shares, unit):
+    """shares[name, rank] -> the whole parameters of a unit"""
+    whole = {n: joined(shares, n) for n in units[unit]}
+    for x in whole.values():
+        alive.append((StorageWeakRef(x.untyped_storage()), x.nbytes))
+    note("gather", unit)
+    return whole
 
 
-def run(i, w, x):  # (b, T, D) -> (b, T, D)
-    own = {n.removeprefix(f"blocks.{i}."): t for n, t in w.items()}
-    return functional_call(model.blocks[i], own, (x, None, None))
-
-
-def leave(w, x, targets):  # (b, T, D) -> ()
-    x = F.rms_norm(x, x.shape[-1:], w["norm.weight"], config.norm_eps)
-    logits = x @ w["head.weight"].T
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
-                           ignore_index=IGNORE, reduction="sum")
+def joined(shares, name):
+    return torch.cat([x for (n, _), x in shares.items() if n == name])
 
 # %% [markdown]
-# A backward pass over one unit: given $\partial\ell/\partial y$, run it again
-# from its input and ask autograd for the gradients of input and weights. (The
-# forward pass keeps the inputs of blocks alone, so no weight is needed in
-# between. Notebook 12 is about that trick; FSDP works with and without.)
+# Our ranks run in step and share each gathered block. So its gradient is
+# the *sum* over ranks, and the gradient of `cat` cuts this sum into every
+# rank's rows: the gradient of an all-gather is a reduce-scatter.
+#
+# How does a block forget its weights and get them back? By notebook 12's
+# `checkpoint`: nothing but its input is kept, and in the backward pass it runs
+# again, so it gathers again. (FSDP frees weights alone, and keeps activations
+# unless told otherwise.) Without it the weights stay until the block's backward
+# is done: stage 2, as the package's `keep_gathered` does it.
+#
+# Then AdamW works on rows. No all-gather of new weights ends the step: the next
+# forward pass gathers them when it needs them.
 
 # %%
-def back(function, w, x, d_y):
-    """d_x, and the gradients of all of w: zero where it is not used"""
-    x = x.detach().requires_grad_()
-    leaves = {n: t.detach().requires_grad_() for n, t in w.items()}
-    d_x, *d_w = torch.autograd.grad(function(leaves, x), [
-        x, *leaves.values()], d_y, materialize_grads=True)
-    return d_x, dict(zip(w, d_w, strict=True))
+def run(i, shares, *xs):
+    """xs: each rank's (b, T, D), through block i"""
+    w = {n.removeprefix(f"blocks.{i}."): x
+         for n, x in gather(shares, i).items()}
+    return [functional_call(model.blocks[i], w, (x, None, None)) for x in xs]
 
-# %%
-class Ranks:
-    """W ranks' rows of all parameters; what is gathered, and a log."""
 
-    def __init__(self, W, keep):
-        whole = tensors(start).items()
-        self.rows = {n: rows(p, W) for n, p in whole}  # [name][rank]
-        self.whole, self.keep, self.log = {}, keep, []
-
-    def gather(self, unit):
-        there = unit in self.whole
-        if not there:
-            self.whole[unit] = {n: torch.cat(self.rows[n])
-                                for n in units[unit]}
-        self.note("find" if there else "gather", unit)
-        return self.whole[unit]
-
-    def drop(self, unit):
-        if not self.keep:
-            del self.whole[unit]
-        self.note("keep" if self.keep else "drop", unit)
-
-    def note(self, what, unit):
-        held = [t.nbytes for w in self.whole.values() for t in w.values()]
-        self.log.append((what, unit, sum(held)))
-
-# %% [markdown]
-# The whole schedule, all ranks in step. `keep=True` drops nothing between
-# forward and backward: stage 2, as the package's `keep_gathered` does it in a
-# step of one micro-batch. The second half mirrors the first: what was gathered
-# for all ranks gets the sum of their gradients, and each keeps its rows. An
-# all-gather's gradient is a reduce-scatter.
-
-# %%
-def sharded_gradients(ranks, pieces):
-    """[name][rank]: each rank's rows of the summed gradient"""
-    W, blocks = len(pieces), list(model.blocks)
-    root = ranks.gather("root")
-    x = {blocks[0]: [enter(root, ids) for ids, _ in pieces]}
-    for i, after in zip(blocks, [*blocks[1:], "top"], strict=True):
-        w = ranks.gather(i)
-        x[after] = [run(i, w, h).detach() for h in x[i]]
-        ranks.drop(i)
-    ones = torch.ones(())
-    tops = [back(lambda w, h, t=t: leave(w, h, t), root, h, ones)
-            for h, (_, t) in zip(x["top"], pieces, strict=True)]
-    d, found = [d_x for d_x, _ in tops], {}
-    for i in reversed(blocks):
-        w = ranks.gather(i)
-        pairs = [back(lambda w, h, i=i: run(i, w, h), w, x[i][r], d[r])
-                 for r in range(W)]
-        ranks.drop(i)
-        d = [d_x for d_x, _ in pairs]
-        found |= {n: rows(sum(d_w[n] for _, d_w in pairs), W) for n in w}
-    ends = [back(lambda w, _, ids=ids: enter(w, ids), root, ones, d[r])[1]
-            for r, (ids, _) in enumerate(pieces)]
-    both = [d_w for _, d_w in tops] + ends  # the root ran twice
-    return found | {n: rows(sum(d_w[n] for d_w in both), W) for n in root}
-
-# %% [markdown]
-# And the step: AdamW on rows. Note what is missing: no all-gather of new
-# weights at the end. The next forward pass gathers them when it needs them.
+def sharded_loss(shares, pieces, keep):
+    """The sum over all ranks; pieces[r] is what rank r reads."""
+    root = gather(shares, "root")
+    xs = [root["embed.weight"][ids] + root["positions.weight"]
+          for ids, _ in pieces]
+    block = run if keep else partial(checkpoint, run, use_reentrant=False)
+    for i in model.blocks:
+        xs = block(i, shares, *xs)
+        note("after", i)
+        # the backward begins with the last rank
+        xs[-1].register_hook(lambda d_x, i=i: note("back", i))
+    top = F.rms_norm(torch.cat(xs).flatten(0, 1), (config.d_model,),
+                     root["norm.weight"], config.norm_eps)
+    targets = torch.cat([t for _, t in pieces]).flatten()
+    return ops.linear_cross_entropy(top, root["head.weight"], targets)
 
 # %%
 def zero_3(W, keep=False, steps=3):
-    ranks = Ranks(W, keep)
-    states = {n: [{} for _ in range(W)] for n in shapes}
+    shares, states = {}, defaultdict(dict)
+    for n, p in named.items():
+        cut = [*p.chunk(W), *[p[:0]] * W][:W]  # the last may be empty
+        shares |= {(n, r): x.clone() for r, x in enumerate(cut)}
     for step in range(steps):
-        ranks.whole, ranks.log = {}, []
-        d = sharded_gradients(ranks, parts(step, W))
-        norm = sum(g.square().sum() for n in d for g in d[n]).sqrt() / count
-        scale = clip_scale(norm) / count
-        d = {n: [g * scale for g in d[n]] for n in d}
-        for n, p in model.named_parameters():
-            lam = settings.weight_decay * optim.is_decayed(n, p)
-            ranks.rows[n] = [
-                adamw(w, g, state, lam) for w, g, state in
-                zip(ranks.rows[n], d[n], states[n], strict=True)]
-    return ranks, d
+        log.clear()
+        leaves = [x.requires_grad_() for x in shares.values()]
+        total = sharded_loss(shares, parts(step, W), keep)
+        g = torch.autograd.grad(total, leaves)
+        g = dict(zip(shares, g, strict=True))
+        note("end", "root")
+        norm = sum(x.square().sum() for x in g.values()).sqrt() / count
+        for (n, r), x in g.items():  # each by rank r alone
+            g[n, r] = clipped(x / count, norm)
+            shares[n, r] = adamw(shares[n, r].detach(), g[n, r],
+                                 states[n, r], decays[n])
+    return shares, g
 
-
-def joined(pieces):
-    return {n: torch.cat(p) for n, p in pieces.items()}
-
-
-for keep, W in ((True, 2), (False, 2), (False, 4)):
-    ranks, d = zero_3(W, keep)
-    assert_same_training(joined(ranks.rows), joined(d))
-    print("stage", 2 if keep else 3, "on", W, "ranks: as one process;",
-          sum(what == "gather" for what, *_ in ranks.log), "gathers a step")
-print(*(f"{what} {unit}," for what, unit, _ in ranks.log[:7]), "...")
+# %%
+logs = {}
+for stage, W in ((2, 4), (2, 2), (3, 4), (3, 2)):
+    shares, g = zero_3(W, keep=stage == 2)
+    assert_same_training(*({n: joined(x, n) for n in named}
+                           for x in (shares, g)))
+    mine = sum(x.nbytes for (_, r), x in shares.items() if r == 0)
+    gathered = max(size for _, _, size in log)
+    bytes_held[stage, W] = 4 * mine + gathered  # 4: gradient, m, v too
+    logs[stage] = log.copy()
+    print("stage", stage, "on", W, "ranks: as one process; gathers",
+          *(unit for what, unit, _ in log if what == "gather"))
 
 # %% [markdown]
 # > **Predict.** Draw the bytes of gathered weights over a step, for both
 # > stages: how high, and how many teeth?
 
 # %%
-unit_bytes = {u: 4 * sum(shapes[n].numel() for n in units[u]) for u in units}
-for keep, style in ((True, "C0s-"), (False, "C1o-")):
-    held = [size for *_, size in zero_3(2, keep, steps=1)[0].log]
-    plt.step(range(len(held)), [x / 1024 for x in held], style,
-             where="post", label=f"stage {2 if keep else 3}", ms=4)
-    assert max(held) == (sum(unit_bytes.values()) if keep else
-                         unit_bytes["root"] + unit_bytes["0"])
-plt.axhline(unit_bytes["root"] / 1024, color="k", ls=":", label="the root")
-plt.axhline(sum(unit_bytes.values()) / 1024, color="k", ls="--",
-            label="the whole model")
-plt.ylim(0)
-plt.xlabel("before and after each block: forward, then backward")
+size = {u: sum(named[n].nbytes for n in units[u]) for u in units}
+everything, largest = sum(size.values()), size["root"] + size["0"]
+for stage, most, every in ((2, everything, 2), (3, largest, 1)):
+    held = torch.tensor([x for *_, x in logs[stage]])
+    at = [*range(7), *range(7, 14, every)]  # stage 2: no gathers here
+    plt.step(at, held / 1024, "o-", where="post", ms=4,
+             label=f"stage {stage}, {most / 1024:.0f} KiB at most")
+    assert held.max() == most
+ticks = [i for i, (what, *_) in enumerate(log) if what == "gather"]
+plt.xticks(ticks, [log[i][1] for i in ticks])
+plt.xlabel("unit that is gathered in stage 3: forward, then backward")
 plt.ylabel("gathered weights (KiB)")
-plt.legend(loc="lower center", ncol=2)
+plt.legend()
 plt.show()
-print("bytes of a block:", unit_bytes["0"], "of the root:",
-      unit_bytes["root"])
 
 # %% [markdown]
 # Stage 3 is a saw of one block's height with a tooth for each block and
-# pass. Stage 2 spares the gathers of the backward pass and ends with the whole
-# model. The floor is the root: here a quarter of everything, of 500 billion
-# parameters less than a hundredth.
+# pass. Stage 2 spares the gathers of the backward pass, and climbs to the whole
+# model. The root is here a quarter of everything, of 500 billion parameters
+# less than a hundredth. (Ours goes once the head's gradients are there. FSDP2
+# lets go of it at the end, when the embedding has its gradient too.)
 #
 # ## 5 What a rank holds
 #
@@ -564,56 +495,30 @@ print("bytes of a block:", unit_bytes["0"], "of the root:",
 # whole gradients of the block at work, there for a moment, are left out. In
 # ZeRO's paper stage 2 keeps no shard beside the whole weights: $4N/W$ less.)
 #
-# > **Predict.** Does the counted line of stage 3 go on falling up to 128
-# > ranks? The model's matrices have 48, 24, 128, 256 and 32 rows, its norms
-# > 48 numbers.
+# > **Predict.** How low can the line of stage 3 go, with ever more ranks?
 
 # %%
 N = len(start)
-largest = unit_bytes["root"] + unit_bytes["0"]
-theory = {0: lambda W: 16 * N, 1: lambda W: 8 * N + 8 * N / W,
-          2: lambda W: 4 * N + 16 * N / W, 3: lambda W: largest + 16 * N / W}
-
-
-def counted(stage, W):
-    """Bytes of rank 0 at the end of its backward pass"""
-    one = parts(0, 8)[7]  # a row for each rank
-    if stage < 2:
-        g, state = gradient(start, one), {}
-        cut = [v.tensor_split(W if stage else 1)[0]
-               for v in (start, g, decay)]
-        adamw(*cut[:2], state, cut[2])
-        return sum(t.nbytes for t in (start, g, state["m"], state["v"]))
-    ranks = Ranks(W, keep=stage == 2)
-    d = sharded_gradients(ranks, [one] * W)
-    moments = 2 * sum(ranks.rows[n][0].nbytes for n in d)
-    mine = sum(ranks.rows[n][0].nbytes + d[n][0].nbytes for n in d)
-    return mine + moments + max(held for *_, held in ranks.log)
-
-# %%
-worlds = [1, 2, 4, 8, 16, 32, 64, 128]
-for stage, color in zip(theory, ("C0", "C1", "C2", "C3"), strict=True):
-    dots = [float(counted(stage, W)) for W in worlds]
-    lines = [float(theory[stage](W)) for W in worlds]
-    plt.loglog(worlds, [x / N for x in lines], color=color)
-    plt.loglog(worlds, [x / N for x in dots], "o", color=color,
-               label=f"stage {stage}")
-    assert all(x >= line - 16 for x, line in zip(dots, lines, strict=True))
-    assert_close(dots[:4], lines[:4], rtol=1e-3, atol=16)
-plt.loglog(worlds, [16 / W for W in worlds], "k:", label="16 / W")
-plt.xticks(worlds, worlds)
-plt.xlabel("ranks W (log)")
-plt.ylabel("bytes per parameter on rank 0 (log)")
+theory = [lambda W: 16 * N, lambda W: 8 * N + 8 * N / W,
+          lambda W: everything + 16 * N / W, lambda W: largest + 16 * N / W]
+worlds = 2 ** torch.arange(8)
+for stage, line in enumerate(theory):
+    plt.plot(worlds, [line(W) / N for W in worlds], color=f"C{stage}")
+    dots = [bytes_held[stage, W] / N for W in (2, 4)]
+    plt.plot((2, 4), dots, "o", color=f"C{stage}", label=f"stage {stage}")
+    assert_close(dots, [line(W) / N for W in (2, 4)], rtol=1e-3, atol=0)
+plt.plot(worlds, 16 / worlds, "k:", label="16 / W")
+plt.loglog()
+plt.xticks(worlds, worlds.tolist())
+plt.gca().set(xlabel="ranks W (log)",
+              ylabel="bytes per parameter on rank 0 (log)")
 plt.legend(title="lines: theory\ndots: counted", loc="lower left")
 plt.show()
-share = (dots[-1] - largest) / (16 * N / 128)
-print(f"128 ranks: rank 0 has {share:.1f} times an even share of the state")
-assert 1.5 < share < 4
 
 # %% [markdown]
-# It flattens out, at the gathered root and block, which no number of ranks
-# makes smaller. And the share of rank 0 stops shrinking where ranks outnumber
-# rows: 48 rows can be shared by 48 ranks at most, and the later ones hold none.
+# To the gathered root and block, which no number of ranks makes smaller. (And
+# a matrix of 48 rows can be shared by 48 ranks at most: the others get none
+# of it.)
 #
 # ## 6 Two real processes
 #
@@ -621,61 +526,47 @@ assert 1.5 < share < 4
 # real ones: `parallelize` calls PyTorch's `fully_shard` on each block and on
 # the rest, and hooks gather, drop and scatter. `launch` starts two processes
 # that talk over gloo (a library of collectives for CPUs, as NCCL is for GPUs),
-# and kills them at a timeout. A new process knows nothing of a notebook's cells, so what it runs
-# lives in the package:
-# [`train_sharded`](../nanomai/exercises/data_parallel.py), 20 lines. Each
-# rank leaves its rows in a file.
+# and kills them at a timeout. They cannot see a notebook's cells; they run the
+# judge's `train_sharded`, and leave their rows in files. Ours must agree with
+# FSDP2 rank by rank, row by row, and both with one process. An observer in each
+# has counted what its last forward and backward pass sent.
 #
-# Three ways to train, compared in values and gradients after three steps:
-# one process of the package, our own sharded AdamW, and two processes of
-# FSDP2. Ours must agree with FSDP2 rank by rank, row by row.
+# > **Predict.** How many all-gathers and how many reduce-scatters are there
+# > in a step, with three blocks and a root?
 
 # %%
-folder = Path(tempfile.mkdtemp())
-torch.save([batch(step) for step in range(3)], folder / "batches.pt")
 launch(exercises.train_sharded, 2, config, settings, 13, folder,
        timeout_s=110)
 real = [torch.load(folder / f"rank-{r}.pt") for r in range(2)]
-
-ranks, d = zero_3(2)
-for kind, ours in (("weights", ranks.rows), ("gradients", d)):
-    for name in shapes:
-        for r in range(2):
-            assert_close(real[r][kind][name], ours[name][r],
-                         rtol=1e-3, atol=1e-5)
+for kind, ours in (("weights", shares), ("gradients", g)):
+    for (n, r), x in ours.items():
+        assert_close(real[r][kind][n], x, rtol=1e-3, atol=1e-5)
 print("our sharded AdamW: FSDP2's rows, on each rank, such as",
-      tuple(d["embed.weight"][0].shape), "of", tuple(shapes["embed.weight"]))
-weights, gradients = ({n: torch.cat([r[kind][n] for r in real])
-                       for n in shapes} for kind in ("weights", "gradients"))
-assert_same_training(weights, gradients)
-assert real[0]["norms"] == real[1]["norms"]
-assert_close(real[0]["norms"], true_norms, rtol=1e-4, atol=0)
+      tuple(x.shape), "of", tuple(named[n].shape))
+assert_same_training(*({n: torch.cat([on[kind][n] for on in real])
+                        for n in named} for kind in ("weights", "gradients")))
+for on_rank in real:
+    assert_close(on_rank["norms"], judge["norms"], rtol=1e-4, atol=0)
 print("one process: the same weights, gradients and norms")
-
-# %% [markdown]
-# An observer in each process has counted what the last backward pass sent.
-#
-# > **Predict.** How many all-gathers and how many reduce-scatters are there
-# > in a step, with three blocks and a root? Compare with our log of section 4.
 
 # %%
 gathers, scatters = (real[0]["collectives"][f"fsdp: {kind}"]
                      for kind in ("all-gather", "reduce-scatter"))
-blocks = sum(unit_bytes.values()) - unit_bytes["root"]
 print("all-gathers:", gathers["calls"], " reduce-scatters:",
       scatters["calls"])
-assert gathers["calls"] == sum(w == "gather" for w, *_ in ranks.log) == 7
-assert gathers["bytes"] == 2 * blocks + unit_bytes["root"]
-assert scatters["bytes"] == 4 * N
+assert gathers["calls"] == sum(what == "gather" for what, *_ in log) == 7
+assert gathers["bytes"] == 2 * everything - size["root"]
+assert scatters["bytes"] == everything and scatters["calls"] == len(units)
 sent = (gathers["bytes"] + scatters["bytes"]) / 2  # (W - 1) / W of them
 print(f"a rank sends {sent / 4 / N:.2f} numbers for each parameter;",
       "data parallel: 1.00")
 
 # %% [markdown]
-# Stage 3 pays with traffic: an all-reduce is one gather and one scatter, here
-# the blocks are gathered twice. For $W$ ranks and a root that is small it
-# sends $3\,(W-1)/W$ numbers a parameter instead of $2\,(W-1)/W$. Much
-# of it is hidden: while one block computes, the next is being gathered.
+# Seven gathers, as in our log, and four scatters. Stage 3 pays with traffic: an
+# all-reduce is one gather and one scatter, here the blocks are gathered twice.
+# For $W$ ranks and a root that is small it sends $3\,(W-1)/W$ numbers a
+# parameter instead of $2\,(W-1)/W$. Much of it is hidden: while one block
+# computes, the next is being gathered.
 #
 # A step of several micro-batches does all of this for each. Only with
 # `keep_gathered` the package sums once, after the last; until then every rank
@@ -686,63 +577,53 @@ print(f"a rank sends {sent / 4 / N:.2f} numbers for each parameter;",
 # `mai-1-dense` is this project's own proposal of a dense model of the size
 # that was reported for MAI-1, about 500 billion parameters; nothing of its
 # architecture was. What would one of 1,024 ranks hold of it, without any other
-# way of splitting? The planner says it for copies and for FSDP; the stages
-# between follow from section 5, with gathered weights in bfloat16.
-
-# %%
-big = nanomai.load_config("mai-1-dense")
-N_big, W_big = big.model.n_parameters, 1024
-one = dict.fromkeys(("pipeline", "replicas", "fsdp", "context", "expert",
-                     "tensor"), 1)
-planned = {}
-for name in ("replicas", "fsdp"):
-    memory = counts.memory_of(big, one | {name: W_big}, 1, 1, 0)
-    planned[name] = memory["weights"], memory["optimizer"]
-assert_close(planned["replicas"], (4.0 * N_big, 8.0 * N_big))
-assert_close(planned["fsdp"], (4 * N_big / W_big, 8 * N_big / W_big))
-block = counts.block_part(big.model, False).all
-root = counts.root_part(big.model, 1, 0, 1).all
-assert 120 * block + root == N_big
-print(f"{N_big / 1e9:.0f}B parameters, {block / 1e9:.1f}B in a block,",
-      f"{root / 1e9:.1f}B in the root")
-
-# %% [markdown]
+# way of splitting? Section 5 says it, with gathered weights in bfloat16. The
+# model has 120 blocks.
+#
 # > **Predict.** 80 GB a GPU. Which stage is the first that fits? Which part
 # > will be the largest then?
 
 # %%
-W, total = W_big, [0.0] * 4
+big, W = nanomai.load_config("mai-1-dense"), 1024
+N = big.model.n_parameters
+block = counts.block_part(big.model, False).all
+root = counts.root_part(big.model, 1, 0, 1).all
+assert 120 * block + root == N
 bars = {"weights, whole or a shard": [4, 4, 4 / W, 4 / W],
         "gradients": [4, 4, 4 / W, 4 / W],
         "AdamW's moments": [8, 8 / W, 8 / W, 8 / W],
-        "gathered, bfloat16": [0, 0, 2, 2 * (root + block) / N_big]}
+        "gathered, bfloat16": [0, 0, 2, 2 * (root + block) / N]}
 for i, (name, each) in enumerate(bars.items()):
-    sizes = [x * N_big / 1e9 for x in each]
-    plt.bar([s + 0.2 * i - 0.3 for s in range(4)], sizes, 0.18, label=name)
-    total = [a + b for a, b in zip(total, sizes, strict=True)]
+    plt.bar([s + 0.2 * i - 0.3 for s in range(4)],
+            [x * N / 1e9 for x in each], 0.18, label=name)
+total = [sum(each) * N / 1e9 for each in zip(*bars.values(), strict=True)]
 plt.axhline(80, color="k", ls="--", label="80 GB")
-plt.yscale("log")
-plt.ylim(1, 1e5)
+plt.gca().set(yscale="log", ylim=(1, 1e5),
+              ylabel="GB on each of 1,024 ranks (log)")
 plt.xticks(range(4), [f"stage {s}\n{x:,.0f} GB in all"
                       for s, x in enumerate(total)])
-plt.ylabel("GB on each of 1,024 ranks (log)")
 plt.legend(ncol=2, loc="upper right")
 plt.show()
-print("GB by stage:", *(f"{x:,.0f}" for x in total))
 assert total[2] > 80 > total[3]
 
 # %% [markdown]
 # Only stage 3 fits, and most of what it holds then is not the shard but what
 # is gathered. (FSDP gathers one block ahead, to hide it: one more. Activations
-# come on top: notebook 12.) Then there is the traffic.
+# come on top: notebook 12.) The package's planner counts the same. Then there is
+# the traffic.
 
 # %%
-sent = counts.traffic_of(big, one | {"fsdp": W_big}, 1, 1, 0)["fsdp"]
-blocks = N_big - root
-by_hand = 4 * N_big + 2 * (2 * blocks + root)  # scatter, then gathers
-assert_close(sent, by_hand * (W_big - 1) / W_big)
+alone = dict.fromkeys(("pipeline", "replicas", "fsdp", "context", "expert",
+                       "tensor"), 1)
+for axis, held in ("replicas", 1), ("fsdp", W):
+    found = counts.memory_of(big, alone | {axis: W}, 1, 1, 0)
+    assert_close((found["weights"], found["optimizer"]),
+                 (4 * N / held, 8 * N / held))
+sent = counts.traffic_of(big, alone | {"fsdp": W}, 1, 1, 0)["fsdp"]
+by_hand = 4 * N + 2 * (2 * (N - root) + root)  # scatter, then gathers
+assert_close(sent, by_hand * (W - 1) / W)
 network = sent / (8 * 50e9)  # eight adapters of 400 Gb/s in a machine
-arithmetic = 6 * N_big * 8192 / 989e12  # one sequence on an H100
+arithmetic = 6 * N * 8192 / 989e12  # one sequence on an H100
 print(f"each rank sends {sent / 1e12:.1f} TB in every step: {network:.0f} s")
 print(f"8,192 tokens on each rank: {arithmetic:.0f} s")
 

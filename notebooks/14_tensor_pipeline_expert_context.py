@@ -18,15 +18,15 @@
 # - choose which axis goes inside a machine.
 
 # %%
-import math
+import functools
 import tempfile
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import accumulate, chain, zip_longest
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from torch.func import functional_call
 from torch.testing import assert_close
 
 import nanomai
@@ -40,11 +40,6 @@ from nanomai.planner import DEVICES
 from nanomai.show import lesson
 
 lesson()
-generator = torch.Generator().manual_seed(14)
-
-
-def randn(*shape):
-    return torch.randn(*shape, generator=generator).requires_grad_()
 
 # %% [markdown]
 # ## 1 Tensor parallel: two ranks, one product
@@ -57,54 +52,48 @@ def randn(*shape):
 # transposed, out by in, so columns are its dimension 0.)
 #
 # > **Predict.** Suppose we cut the *first* matrix by rows as well. Its results
-# > are summands. May the sum still wait until the end?
+# > are summands. May the sum still wait until the end? And backwards: every
+# > rank has the same $x$ and the same gradient of $y$. Do both find the same
+# > gradient of $x$?
 
 # %%
+generator = torch.Generator().manual_seed(14)
+randn = functools.partial(torch.randn, generator=generator,
+                          requires_grad=True)
 N, D, width, R = 6, 8, 12, 2  # tokens, channels, hidden units, ranks
-x, d_y = randn(N, D), torch.randn(N, D, generator=generator)
-weights = randn(width, D), randn(width, D), randn(D, width)
+x, weights = randn(N, D), [randn(width, D), randn(width, D), randn(D, width)]
 
 
 def mlp(x, gate, up, down):
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-cuts = (w.chunk(R, dim) for w, dim in zip(weights, (0, 0, 1), strict=True))
-shares = list(zip(*cuts, strict=True))  # of each rank: three matrices
-parts = [mlp(x, *share) for share in shares]  # R of (N, D)
-assert_close(sum(parts), mlp(x, *weights))
+cuts = [w.chunk(R, dim) for w, dim in zip(weights, (0, 0, 1), strict=True)]
+whole, parts = mlp(x, *weights), list(map(mlp, [x] * R, *cuts))
+assert_close(sum(parts), whole)
 print("two ranks,", tuple(parts[0].shape), "each: their sum is the MLP")
 
-summands = [x[:, half] @ weights[0][:, half].T
-            for half in (slice(0, 4), slice(4, 8))]
-gap = sum(map(F.silu, summands)) - F.silu(sum(summands))
-print("summands may go through silu:", gap.abs().max().item() < 0.1)
-assert gap.abs().max() > 0.1
-
-# %% [markdown]
-# No: $\mathrm{silu}(a) + \mathrm{silu}(b)$ is not $\mathrm{silu}(a + b)$. Each
-# MLP would need two sums in place of one.
-#
-# Now backwards. Every rank has the same $x$ and the same gradient $d_y$.
-#
-# > **Predict.** Do both find the same gradient of $x$?
-
 # %%
-def gradient_of_x(*matrices):
-    return torch.autograd.grad(mlp(x, *matrices), x, d_y)[0]
+a, b = (x_half @ w_half.T for x_half, w_half in
+        zip(x.chunk(R, 1), weights[0].chunk(R, 1), strict=True))
+gap = (F.silu(a) + F.silu(b) - F.silu(a + b)).abs().max()
+print("summands may go through silu:", gap.item() < 0.1)
+assert gap > 0.1
 
-
-on_ranks = [gradient_of_x(*share) for share in shares]
-print("equal on both ranks:", torch.allclose(*on_ranks))
-assert not torch.allclose(*on_ranks)
-assert_close(sum(on_ranks), gradient_of_x(*weights))
+d_y = torch.randn(N, D, generator=generator)
+d_whole, d_0, d_1 = (torch.autograd.grad(y, x, d_y)[0]
+                     for y in (whole, *parts))
+print("gradient of x equal on both ranks:", torch.allclose(d_0, d_1))
+assert not torch.allclose(d_0, d_1)
+assert_close(d_0 + d_1, d_whole)
 print("their sum is the gradient")
 
 # %% [markdown]
-# They do not: $x$ was used twice, so its gradient is a sum of two. Where the
-# forward pass hands the same thing to all ranks, the backward pass sums, and
-# the other way round. `nanomai/parallel/collectives.py` has both as pairs:
-# `total` sums forwards, `to_all` sums backwards.
+# No, and no. $\mathrm{silu}(a) + \mathrm{silu}(b)$ is not
+# $\mathrm{silu}(a + b)$: each MLP would need two sums. And $x$ was used twice,
+# so its gradient is a sum of two. Where the forward pass hands the same thing
+# to all ranks, the backward pass sums, and the other way round: see the pairs
+# in `nanomai/parallel/collectives.py`.
 #
 # **A whole block.** Attention fits the same pattern: a rank takes some heads,
 # which are rows of our stored $W_q, W_k, W_v$ and columns of $W_o$. What is
@@ -114,43 +103,34 @@ print("their sum is the gradient")
 # all-reduce, and the stream is held once, not $R$ times.
 
 # %%
-def attention_part(h, w, r):
-    """One rank's heads, for all tokens: a summand of (B, T, D)"""
-    def own(name, dim=0):
-        return w[f"attention.{name}.weight"].chunk(R, dim)[r]
-
-    q, k, v = (rearrange(h @ own(name).T, "b t (h k) -> b h t k", k=8)
-               for name in ("wq", "wk", "wv"))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                       enable_gqa=True)
-    return rearrange(y, "b h t k -> b t (h k)") @ own("wo", 1).T
+CUT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1,
+       "w_gate": 0, "w_up": 0, "w_down": 1}
 
 
-def mlp_part(h, w, r):
-    """One rank's hidden units, for all tokens"""
-    return mlp(h, *(w[f"mlp.{name}.weight"].chunk(R, dim)[r] for name, dim
-                    in (("w_gate", 0), ("w_up", 0), ("w_down", 1))))
-
-# %%
-def gather(parts):
-    """R of (B, T / R, D) -> (B, T, D), on every rank"""
-    return torch.cat(parts, 1)
+def on_rank(r, layer, *inputs):
+    """The package's layer, with rank r's part of each weight"""
+    own = {name: w.chunk(R, CUT[name.removesuffix(".weight")])[r]
+           for name, w in layer.named_parameters()}
+    return functional_call(layer, own, inputs)
 
 
-def scatter_sum(parts):
+def reduce_scatter(parts):
     """R of (B, T, D) -> of their sum (B, T / R, D) for each rank"""
     return sum(parts).chunk(R, 1)
 
-
-def block(parts, w, scatter=scatter_sum, gain=lambda weight, r: weight):
+# %%
+def tensor_parallel(block, parts, scatter=reduce_scatter,
+                    gain=lambda weight, r: weight):
     """parts: each rank's (B, T / R, D) of the stream"""
-    for name, layer in (("attention", attention_part), ("mlp", mlp_part)):
-        weight = w[f"{name}_norm.weight"]
-        h = gather([F.rms_norm(x, x.shape[-1:], gain(weight, r), 1e-5)
-                    for r, x in enumerate(parts)])
-        y = scatter([layer(h, w, r) for r in range(R)])
+    for norm, layer, others in (
+            (block.attention_norm, block.attention, (None, None)),
+            (block.mlp_norm, block.mlp, ())):
+        h = [F.rms_norm(x, x.shape[-1:], gain(norm.weight, r), 1e-5)
+             for r, x in enumerate(parts)]
+        h = torch.cat(h, 1)  # the all-gather: (B, T, D)
+        y = scatter([on_rank(r, layer, h, *others) for r in range(R)])
         parts = [x + s for x, s in zip(parts, y, strict=True)]
-    return gather(parts)
+    return torch.cat(parts, 1)
 
 # %% [markdown]
 # The package's block on one rank is the judge: its output, and the gradients
@@ -164,28 +144,23 @@ def block(parts, w, scatter=scatter_sum, gain=lambda weight, r: weight):
 # > **Predict.** Does either crash?
 
 # %%
+def assert_same(ours, theirs, inputs):
+    """Values, and the gradients of `inputs`"""
+    d_y = torch.linspace(-1, 1, theirs.numel()).view_as(theirs)
+    a, b = ((y, *torch.autograd.grad(y, inputs, d_y, retain_graph=True))
+            for y in (ours, theirs))
+    assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 config = ModelConfig(n_layers=4, d_model=16, n_heads=4, n_kv_heads=2,
                      head_dim=8, d_ff=24, vocab_size=130,
                      context_length=16, tied_embeddings=False, init_std=0.3)
-theirs = nanomai.build_model(config).blocks["0"]
-w, x = dict(theirs.named_parameters()), randn(3, 16, 16)
-truth = theirs(x, None, None)  # no rotation, and causal
-d_y = torch.linspace(-1, 1, truth.numel()).view_as(truth)
-
-
-def check(y):
-    assert_close(y, truth, rtol=1e-4, atol=1e-4)
-    ours, true = (torch.autograd.grad(z, (x, *w.values()), d_y,
-                                      retain_graph=True)
-                  for z in (y, truth))
-    for a, b in zip(ours, true, strict=True):
-        assert_close(a, b, rtol=1e-4, atol=1e-4)
-    return len(true)
-
-
+block, x = nanomai.build_model(config).blocks["0"], randn(3, 16, 16)
+inputs, truth = (x, *block.parameters()), block(x, None, None)  # causal
 shards = x.chunk(R, 1)
-print("a rank's part of the stream:", tuple(shards[0].shape))
-print("equal to the package, with", check(block(shards, w)), "gradients")
+assert_same(tensor_parallel(block, shards), truth, inputs)
+print("stream on a rank:", tuple(shards[0].shape))
+print("equal to the package, with", len(inputs), "gradients")
 
 # %%
 def keep_own(parts):
@@ -196,15 +171,13 @@ def gain_of_rank_0(weight, r):
     return weight if r == 0 else weight.detach()
 
 
-bugs = {"no sum": block(shards, w, keep_own),
-        "gains not summed": block(shards, w, gain=gain_of_rank_0)}
-for name, y in bugs.items():
+for bug in ({"scatter": keep_own}, {"gain": gain_of_rank_0}):
+    y = tensor_parallel(block, shards, **bug)
     try:
-        check(y)
-        print(name, "went unnoticed")
+        assert_same(y, truth, inputs)
     except AssertionError as error:
-        print(f"{name}: values right: {torch.allclose(y, truth, 1e-4)};",
-              type(error).__name__)
+        print(*bug, "with a bug: values right:",
+              torch.allclose(y, truth, 1e-4), "but", type(error).__name__)
 
 # %% [markdown]
 # Neither: all shapes fit. The second even leaves this step's loss as it is;
@@ -220,26 +193,21 @@ for name, y in bugs.items():
 # %%
 def shared_loss(hidden, head, targets):
     """hidden (N, D), head (V, D) -> the sum of the losses"""
-    first, log_sums, at_target = 0, [], []
-    for weight in head.chunk(R):
+    log_sums, at_target = [], 0
+    for r, weight in enumerate(head.chunk(R)):
         logits = hidden @ weight.T  # (N, V / R)
-        mine = targets - first
+        mine = targets - r * len(weight)
         here = (mine >= 0) & (mine < len(weight))
         picked = logits.gather(1, mine.where(here, 0)[:, None])[:, 0]
         log_sums.append(logits.logsumexp(1))  # (N,): one number to send
-        at_target.append(picked * here)  # (N,): the other
-        first += len(weight)
-    return (torch.stack(log_sums).logsumexp(0) - sum(at_target)).sum()
+        at_target += picked * here  # (N,): the other
+    return (torch.stack(log_sums).logsumexp(0) - at_target).sum()
 
 
 hidden, head = randn(10, D), randn(130, D)
 targets = torch.randint(130, (10,), generator=generator)
-ours, package = (loss(hidden, head, targets) for loss in (
-    shared_loss, ops.linear_cross_entropy))
-assert_close(ours, package)
-for a, b in zip(*(torch.autograd.grad(loss, (hidden, head))
-                  for loss in (ours, package)), strict=True):
-    assert_close(a, b)
+assert_same(shared_loss(hidden, head, targets),
+            ops.linear_cross_entropy(hidden, head, targets), (hidden, head))
 print(f"equal, gradients too; a rank sends 2 numbers a token, not {130 // R}")
 
 # %% [markdown]
@@ -247,21 +215,24 @@ print(f"equal, gradients too; a rank sends 2 numbers a token, not {130 // R}")
 #
 # Now the package's own code, by `launch` from `nanomai/parallel/launch.py`: it
 # spawns processes that meet over gloo, and ends them if they hang (here after
-# 100 seconds). A fresh process cannot see the cells of a notebook, so what it
-# runs is a function of a module, `nanomai/exercises/sharing_ranks.py`.
-# Starting takes seconds; so the same two processes compute all layouts of this
-# notebook, one step each, and later sections open their results.
+# 100 seconds). They cannot see the cells of a notebook, so what they run is in
+# `nanomai/exercises/sharing_ranks.py`. Starting takes seconds; so the same two
+# compute all layouts of this notebook, one step each, and later sections open
+# their results. Loss and gradients must agree with one process to one part in
+# 100,000. The processes have also counted their collectives.
+#
+# > **Predict.** How many does one block need, forward and backward? And how
+# > often are gradients of norms summed, in four blocks?
 
 # %%
 experts = replace(config, moe=MoEConfig(n_experts=4, experts_per_token=2,
                                         d_expert=12))
-jobs = {"tensor": (config, ParallelConfig(tensor=2)),
-        "pipeline": (config, ParallelConfig(pipeline=2)),
-        "interleaved": (config, ParallelConfig(pipeline=2,
-                                               stages_per_rank=2)),
-        "expert": (experts, ParallelConfig(expert=2)),
-        "context": (config, ParallelConfig(context=2)),
-        "heads": (config, ParallelConfig(context=2, context_by="heads"))}
+layouts = {"tensor": {"tensor": 2}, "pipeline": {"pipeline": 2},
+           "interleaved": {"pipeline": 2, "stages_per_rank": 2},
+           "expert": {"expert": 2}, "context": {"context": 2},
+           "heads": {"context": 2, "context_by": "heads"}}
+jobs = {name: (experts if name == "expert" else config,
+               ParallelConfig(**axes)) for name, axes in layouts.items()}
 rows = torch.randint(130, (4, 17), generator=generator)
 ids, targets = rows[:, :-1], rows[:, 1:]  # (B, T)
 with tempfile.TemporaryDirectory() as folder:
@@ -271,43 +242,35 @@ with tempfile.TemporaryDirectory() as folder:
                     for rank in range(2)] for name in jobs}
 print("two processes have computed", *found)
 
-# %% [markdown]
-# One process computes the same step. Loss and gradients must agree to one part
-# in 100,000, on each of the two ranks. The processes have also counted their
-# collectives.
-#
-# > **Predict.** How many collectives does one block need, forward and
-# > backward? And how often are gradients of norms summed, in four blocks?
-
 # %%
 def compare(layout):
+    """With one process; returns the collectives of rank 0"""
     model = nanomai.build_model(jobs[layout][0])
     loss = model(ids, targets, reduction="sum")
     loss.backward()
-    there, names = dict(model.named_parameters()), set()
+    missing = dict(model.named_parameters())
     for rank in found[layout]:
         assert_close(rank["loss"], loss.detach(), rtol=1e-5, atol=0)
         for name, gradient in rank["gradients"].items():
-            true = there[name].grad
+            true = model.get_parameter(name).grad
             assert (gradient - true).norm() < 1e-5 * true.norm(), name
-            names.add(name)
-    assert names == there.keys()
-    print(f"{layout}: the loss and {len(names)} gradients are the same")
+            missing.pop(name, None)
+    assert not missing
+    print(f"{layout}: the loss and all gradients are the same")
+    return found[layout][0]["collectives"]
 
 
-compare("tensor")
-counts = found["tensor"][0]["collectives"]
-for name, n in sorted(counts.items()):
-    print(f"  {name:24}{n:3}")
-moves = counts["all_gather_into_tensor"] + counts["reduce_scatter_tensor"]
-assert moves == 4 * 8 + 5  # embedding 2, last norm 2, loss 1
-assert counts["all_reduce"] == 2 * 4 + 1
+times = compare("tensor")
+print(times)
+moves = times["all_gather_into_tensor"] + times["reduce_scatter_tensor"]
+assert moves == 4 * 8 + 5 and times["all_reduce"] == 2 * 4 + 1
 
 # %% [markdown]
 # Eight: attention and MLP each gather and scatter forwards, and each has its
-# mirror image backwards. Nine gains, two a block and the last norm's, are
-# summed, as the second bug above forgot. Eight times in each block all ranks
-# wait for one another: that is why this axis stays inside a machine.
+# mirror image backwards. (Five more belong to embedding, last norm and loss.)
+# Nine gains, two a block and the last norm's, are summed, as the second bug
+# above forgot. Eight times in each block all ranks wait for one another: that
+# is why this axis stays inside a machine.
 #
 # ## 4 Pipeline: who waits for whom
 #
@@ -321,65 +284,52 @@ assert counts["all_reduce"] == 2 * 4 + 1
 #   forward and one backward in turn.
 # - **Interleaved:** $v$ smaller stages on each rank, $p$ micro-batches at a
 #   time through each.
+#
+# To play a schedule: a step begins when the one before it on its rank has
+# ended and, a forward, when the stage before has sent; a backward, when the
+# stage after has. We say that a rank's forward takes one unit of time, and its
+# backward two.
+#
+# > **Predict.** 1F1B begins its backwards earlier than GPipe. Is it done
+# > earlier?
 
 # %%
 def order(rank, p, m, v=1, warm=None):
     """One rank's list of (forward or backward, stage, micro-batch)"""
     if warm is None:  # forwards before the first backward follows one
         warm = p - 1 - rank if v == 1 else (v - 1) * p + 2 * (p - 1 - rank)
-
-    def at(i, kind):
-        turn = i // p % v if kind == "F" else v - 1 - i // p % v
-        return kind, rank + p * turn, i // (p * v) * p + i % p
-
-    forwards, backwards = ([at(i, kind) for i in range(v * m)]
-                           for kind in "FB")
+    turns = {"F": range(v), "B": range(v)[::-1]}
+    forwards, backwards = ([(kind, rank + p * turn, first + i)
+                            for first in range(0, m, p)
+                            for turn in turns[kind] for i in range(p)]
+                           for kind in turns)
     todo = forwards[:warm]
     for pair in zip_longest(forwards[warm:], backwards):
-        todo += [step for step in pair if step]
+        todo += filter(None, pair)
     return todo
 
 
-print("1F1B, rank 0 of 2, 3 micro-batches:",
-      *(f"{kind}{i}" for kind, _, i in order(0, 2, 3)))
-
-# %% [markdown]
-# An event loop plays any schedule. A forward waits for the stage before it, a
-# backward for the stage after it; we say that a rank's forward takes one unit
-# of time and its backward two.
+print("1F1B, rank 0 of 2, 4 micro-batches:",
+      *(f"{kind}{i}" for kind, _, i in order(0, 2, 4)))
 
 # %%
-def simulate(orders, forward=1.0, backward=2.0):
-    """-> (rank, step, begin, length) of everything that is done"""
-    p, todo = len(orders), [list(steps) for steps in orders]
-    last = max(stage for steps in orders for _, stage, _ in steps)
-    length = {"F": forward * p / (last + 1), "B": backward * p / (last + 1)}
-    ends, clock, done = {}, [0.0] * p, []
-    while any(todo):
-        waiting = True
-        for rank in range(p):
-            if not todo[rank]:
-                continue
-            kind, stage, i = step = todo[rank][0]
-            before = stage - 1 if kind == "F" else stage + 1
-            if 0 <= before <= last and (kind, before, i) not in ends:
-                continue
-            begin = max(clock[rank], ends.get((kind, before, i), 0.0))
-            done.append((rank, todo[rank].pop(0), begin, length[kind]))
-            clock[rank] = ends[step] = begin + length[kind]
-            waiting = False
-        assert not waiting, "each rank waits for another: a deadlock"
-    return done
+def simulate(orders):
+    """-> {step: (when it ends, how long it takes)}, and the wait"""
+    before = {b: a for steps in orders
+              for a, b in zip([None, *steps], steps, strict=False)}
+    v = (1 + max(stage for _, stage, _ in before)) // len(orders)
+    length = {"F": 1 / v, "B": 2 / v}
 
+    @functools.cache
+    def end(step):
+        kind, stage, i = step
+        sender = (kind, stage + (1 if kind == "B" else -1), i)
+        ends = [end(s) for s in (before[step], sender) if s in before]
+        return max(ends, default=0) + length[kind]
 
-def waiting_share(done):
-    work = sum(length for *_, length in done)
-    end = max(begin + length for _, _, begin, length in done)
-    return 1 - work / end / len({rank for rank, *_ in done})
-
-# %% [markdown]
-# > **Predict.** 1F1B begins its backwards earlier than GPipe. Is it done
-# > earlier?
+    work = sum(length[kind] for kind, _, _ in before) / len(orders)
+    times = {step: (end(step), length[step[0]]) for step in before}
+    return times, 1 - work / max(map(end, before))
 
 # %%
 p, m = 4, 8
@@ -390,21 +340,18 @@ figure, axes = plt.subplots(3, 1, figsize=(9.5, 6.3), sharex=True,
                             layout="constrained")
 shades = {"F": ("#9ecae1", "#deebf7"), "B": ("#fdae6b", "#fee6ce")}
 for ax, (name, orders) in zip(axes, schedules.items(), strict=True):
-    done = simulate(orders)
-    for rank, (kind, stage, i), begin, length in done:
-        ax.barh(rank, length, left=begin, height=0.9, edgecolor="0.35",
-                color=shades[kind][stage // p], linewidth=0.6)
-        ax.text(begin + length / 2, rank, i, ha="center", va="center",
+    times, wait = simulate(orders)
+    for (kind, stage, i), (end, length) in times.items():
+        ax.barh(stage % p, length, left=end - length, height=0.9, lw=0.6,
+                edgecolor="0.35", color=shades[kind][stage // p])
+        ax.text(end - length / 2, stage % p, i, ha="center", va="center",
                 fontsize=9 if length >= 1 else 7)
-    ax.set(ylabel="rank", yticks=range(p), title=f"{name}: ranks wait "
-           f"{waiting_share(done):.0%} of the time")
-    ax.invert_yaxis()
+    ax.set(ylabel="rank", yticks=range(p), ylim=(p - 0.5, -0.5),
+           title=f"{name}: ranks wait {wait:.0%} of the time")
     ax.grid(False)
 axes[2].set_xlabel("time (forwards of one micro-batch on one rank); "
                    "blue forward, orange backward; pale: second stage")
 plt.show()
-waits = [waiting_share(simulate(orders)) for orders in schedules.values()]
-assert_close(waits, [3 / 11, 3 / 11, 3 / 19])
 
 # %% [markdown]
 # It is not: GPipe and 1F1B wait equally long. The last rank cannot begin before
@@ -416,48 +363,9 @@ assert_close(waits, [3 / 11, 3 / 11, 3 / 19])
 # $$\frac{p - 1}{v m + p - 1}, \qquad \frac{p - 1}{v m}.$$
 #
 # What 1F1B saves is memory: a forward leaves activations until its backward.
-
-# %%
-def most_in_flight(steps, v=1):
-    """Micro-batches whose activations a rank holds at most"""
-    held, most = 0, 0
-    for kind, _, _ in steps:
-        held += 1 if kind == "F" else -1
-        most = max(most, held)
-    return most / v
-
-
-flying = {name: [most_in_flight(steps, 1 + ("inter" in name))
-                 for steps in orders] for name, orders in schedules.items()}
-assert flying["GPipe"] == [8] * 4 and flying["1F1B"] == [4, 3, 2, 1]
-assert flying["interleaved, v = 2"] == [5.5, 4.5, 3.5, 2.5]
-
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.7),
-                                     layout="constrained")
-batches = range(4, 33, 4)
-for v, color in ((1, "C0"), (2, "C1"), (4, "C2")):
-    shares = [waiting_share(simulate([order(r, p, m, v) for r in range(p)]))
-              for m in batches]
-    theory = [(p - 1) / (v * m + p - 1) for m in batches]
-    left.plot(batches, [100 * s for s in shares], color + "o")
-    left.plot(batches, [100 * s for s in theory], color + "--",
-              label=f"v = {v}")
-    assert_close(shares, theory)
-left.set(xlabel="micro-batches m", ylabel="ranks wait (% of the time)")
-left.legend(title="4 ranks; dots: simulated\ndashed: theory")
-for i, (name, most) in enumerate(flying.items()):
-    right.bar([r + 0.27 * (i - 1) for r in range(p)], most, 0.25,
-              color=("C3", "C0", "C1")[i], label=name)
-right.set(xlabel="rank", ylabel="micro-batches held at once", ylim=(0, 11),
-          xticks=range(p))
-right.legend(ncols=3, fontsize=8.5, columnspacing=1)
-plt.show()
-
-# %% [markdown]
-# GPipe holds all $m$, 1F1B never more than there are stages from here to the
-# end, and interleaving pays for its shorter waits with memory, and with about
-# $v$ times as many messages.
+# GPipe holds those of all $m$ micro-batches, 1F1B never more than there are
+# stages from here to the end, and interleaving pays for its shorter waits with
+# memory, and with about $v$ times as many messages.
 #
 # The package leaves the order to `torch.distributed.pipelining`. Our two
 # processes wrote down when each of their stages went forward and back. Layers
@@ -465,17 +373,38 @@ plt.show()
 # has the head as well.
 
 # %%
+assert_close([simulate(orders)[1] for orders in schedules.values()],
+             [3 / 11, 3 / 11, 3 / 19])
+for v, color in ((1, "C0"), (2, "C1"), (4, "C2")):
+    batches = range(4, 33, 4)
+    theory = [(p - 1) / (v * m + p - 1) for m in batches]
+    waits = [simulate([order(r, p, m, v) for r in range(p)])[1]
+             for m in batches]
+    assert_close(waits, theory)
+    plt.plot(batches, [100 * w for w in waits], color + "o")
+    plt.plot(batches, [100 * w for w in theory], color + "--",
+             label=f"v = {v}")
+plt.xlabel("micro-batches m")
+plt.ylabel("ranks wait (% of the time)")
+plt.legend(title="4 ranks; dots: simulated\ndashed: theory")
+plt.show()
+
+# %%
+for (name, orders), v in zip(schedules.items(), (1, 1, 2), strict=True):
+    most = [max(accumulate(1 if kind == "F" else -1 for kind, _, _ in steps))
+            for steps in orders]  # stages of micro-batches in flight
+    print(f"{name}: ranks hold at most", *(f"{n / v:g}" for n in most))
+    assert name != "1F1B" or most == [4, 3, 2, 1]
+
 for layout, v in (("pipeline", 1), ("interleaved", 2)):
     compare(layout)
     for rank in range(2):
-        planned = [(kind, stage // 2)
-                   for kind, stage, _ in order(rank, 2, 4, v)]
+        planned = [(kind, s // 2) for kind, s, _ in order(rank, 2, 4, v)]
         assert found[layout][rank]["order"] == planned
         print(f"  rank {rank} did as we planned:",
               "".join(kind for kind, _ in planned))
-sizes = [len(layers) for layers in share_layers(10, 4)]
-print("10 layers on 4 stages:", sizes)
-assert sizes == [2, 3, 3, 2]
+print("10 layers on 4 stages:", *map(len, share_layers(10, 4)))
+assert [len(layers) for layers in share_layers(10, 4)] == [2, 3, 3, 2]
 
 # %% [markdown]
 # ## 5 Expert parallel: tokens travel
@@ -483,95 +412,75 @@ assert sizes == [2, 3, 3, 2]
 # In a mixture of experts most weights belong to experts, and a token meets
 # few of them. So each rank keeps *some experts whole*, and tokens go to where
 # their experts are: an *all-to-all*, in which every rank has something
-# different for every other. Three steps, on the model's own router: sort
-# pairs by expert, as in `09_moe`; tell each rank how many are to come; send.
+# different for every other. (Real ranks first tell each other how many rows
+# are to come.) Each runs its experts on the boxes that have come, sorted by
+# expert. The results go back the way they came, by a second all-to-all, and
+# are weighed. Tokens and choices here are those of the model's own router.
+#
+# > **Predict.** 64 tokens choose two experts each: 128 pairs. Does each of two
+# > ranks compute 64?
 
 # %%
-one = nanomai.build_model(experts)
-seen = []
-one.blocks["0"].mlp.experts.register_forward_pre_hook(
-    lambda layer, inputs: seen.extend(inputs))
+one, seen = nanomai.build_model(experts), []
+layer = one.blocks["0"].mlp.experts
+layer.register_forward_pre_hook(lambda layer, inputs: seen.extend(inputs))
 one(ids)
-tokens, gates, chosen = (each.detach() for each in seen)  # of 4 x 16
-stacks = list(one.blocks["0"].mlp.experts.parameters())  # (E, ., .) each
+tokens, gates, chosen = (x.detach() for x in seen)  # (N, D), (N, 2) twice
+stacks = list(layer.parameters())  # (4, ., .) each
 
 
 def all_to_all(boxes):
-    """boxes[r][s] is what rank r has for rank s -> what s has got"""
-    return [[boxes[r][s] for r in range(R)] for s in range(R)]
+    """boxes[r][s] is what rank r has for rank s -> [s][r]"""
+    return [list(column) for column in zip(*boxes, strict=True)]
 
 
-def dispatch(x, chosen, k=2, E=4):
-    """-> for each rank: rows to send, their counts, and their order"""
-    sent, counts, orders = [], [], []
-    for mine, experts in zip(x.chunk(R), chosen.chunk(R), strict=True):
-        order = experts.flatten().argsort(stable=True)  # (N k / R,)
-        count = experts.flatten().bincount(minlength=E).view(R, E // R)
-        sent.append(mine[order // k].split(count.sum(1).tolist()))
-        counts.append(count)
-        orders.append(order)
-    return sent, counts, orders
-
-# %% [markdown]
-# Each rank then has a box of rows from every rank, sorted by expert, and runs
-# its experts on them. The results go back the way they came, a second
-# all-to-all, into their places by the inverse permutation, and are weighed.
+def dispatch(x, chosen):
+    """[r][e]: which pairs; [r][s][e]: their rows, by owner and expert"""
+    pairs = [[(mine == e).nonzero().T for e in range(4)]
+             for mine in chosen.chunk(R)]  # (token, first or second choice)
+    rows = [[own[token] for token, _ in of_rank]
+            for own, of_rank in zip(x.chunk(R), pairs, strict=True)]
+    return pairs, [[of_rank[:2], of_rank[2:]] for of_rank in rows]
 
 # %%
-def on_experts(rows, count, gate, up, down):
-    """rows (M, D), sorted by expert; the experts of this rank"""
-    groups = rows.split(count.tolist())
-    return torch.cat([mlp(group, gate[e], up[e], down[e])
-                      for e, group in enumerate(groups)])
-
-
 def expert_parallel(x, gates, chosen, *stacks):
-    sent, counts, orders = dispatch(x, chosen)
-    arrived, coming = all_to_all(sent), all_to_all(counts)
-    own = list(zip(*(stack.chunk(R) for stack in stacks), strict=True))
-    results = [[on_experts(rows, count, *own[s]) for rows, count
-                in zip(arrived[s], coming[s], strict=True)]
-               for s in range(R)]
-    pairs = [torch.cat(boxes)[order.argsort()] for boxes, order
-             in zip(all_to_all(results), orders, strict=True)]
-    y = torch.cat(pairs).unflatten(0, (-1, 2))  # (N, k, D)
-    return (y * gates[..., None]).sum(1)
+    pairs, boxes = dispatch(x, chosen)
+    results = [[[mlp(rows, *(stack[2 * s + e] for stack in stacks))
+                 for e, rows in enumerate(box)] for box in arrived]
+               for s, arrived in enumerate(all_to_all(boxes))]
+    ys = [torch.zeros_like(own) for own in x.chunk(R)]
+    for r, came_back in enumerate(all_to_all(results)):
+        gate = gates.chunk(R)[r]
+        for pair, rows in zip(pairs[r], chain(*came_back), strict=True):
+            rows = rows * gate[*pair, None]
+            ys[r] = ys[r].index_add(0, pair[0], rows)
+    return torch.cat(ys)
 
 
 tokens.requires_grad_()
-outputs = [expert_parallel(tokens, gates, chosen, *stacks),
-           moe.dispatch(tokens, gates, chosen, *stacks, "swiglu")]
-d_y = torch.linspace(-1, 1, tokens.numel()).view_as(tokens)
-assert_close(*outputs, rtol=1e-4, atol=1e-4)
-for a, b in zip(*(torch.autograd.grad(y, (tokens, *stacks), d_y)
-                  for y in outputs), strict=True):
-    assert_close(a, b, rtol=1e-4, atol=1e-4)
+assert_same(expert_parallel(tokens, gates, chosen, *stacks),
+            moe.dispatch(tokens, gates, chosen, *stacks, "swiglu"),
+            (tokens, *stacks))
 print("two ranks equal one:", len(stacks) + 1, "gradients too")
 
-# %% [markdown]
-# The two processes kept the counts that they told each other. Ours, from one
-# process, must be theirs.
-#
-# > **Predict.** 128 pairs, two ranks. Does each compute 64?
-
 # %%
-compare("expert")
-coming = all_to_all(dispatch(tokens, chosen)[1])
-for s in range(R):
-    ours = [count.tolist() for count in coming[s]]
+times = compare("expert")
+_, boxes = dispatch(tokens, chosen)
+for s, arrived in enumerate(all_to_all(boxes)):
+    ours = [[len(rows) for rows in box] for box in arrived]
     assert ours == found["expert"][s]["coming"][0]  # of the first layer
     print(f"rank {s} gets", ours[0], "from rank 0 and", ours[1], "from 1:",
           sum(map(sum, ours)), "rows")
-times = found["expert"][0]["collectives"]["all_to_all_single"]
-print("all-to-alls in a layer:", times // 4)
-assert times == 4 * 5
+print("all-to-alls in a layer:", times["all_to_all_single"] // 4)
+assert times["all_to_all_single"] == 4 * 5
 
 # %% [markdown]
-# Only if the router is fair. All wait for the busiest rank: so in a dropless
-# model imbalance (`09_moe`) costs time, not tokens. Of the five all-to-alls
-# one is for the counts, two are for rows, and two for their gradients. FSDP
-# would gather whole experts; this sends tokens instead, which is less once
-# experts outweigh the tokens that meet them.
+# Only a fair router would give each 64. (The two processes told each other the
+# same counts as ours.) All wait for the busiest rank: so in a dropless model
+# imbalance (`09_moe`) costs time, not tokens. Of the five all-to-alls one is for
+# the counts, two are for rows, and two for their gradients. FSDP would gather
+# whole experts; this sends tokens instead, which is less once experts outweigh
+# the tokens that meet them.
 #
 # ## 6 Context parallel: one sequence, many ranks
 #
@@ -590,42 +499,36 @@ def zigzag(T, R, r):
     return torch.cat((pieces[r], pieces[-1 - r]))
 
 
-def pairs_seen(positions):
-    """How many keys these queries look at, all together"""
-    return (positions + 1).sum().item()
-
-
-# %%
-T, ranks = 4096, range(8)
-in_order = [pairs_seen(piece) for piece in torch.arange(T).chunk(8)]
-mirrored = [pairs_seen(zigzag(T, 8, r)) for r in ranks]
-mean = sum(in_order) / 8
-plt.bar([r - 0.2 for r in ranks], [n / mean for n in in_order], 0.4,
-        color="C1", label="consecutive pieces")
-plt.bar([r + 0.2 for r in ranks], [n / mean for n in mirrored], 0.4,
-        color="C0", label="zigzag")
-plt.plot(ranks, [(2 * r + 1) / 8 for r in ranks], "k.--",
-         label="(2 r + 1) / R")
-plt.xlabel("rank r of 8")
-plt.ylabel("pairs of query and key / mean")
+ranks = torch.arange(8)
+theory = (2 * ranks + 1) / 8
+cut = {"consecutive pieces": torch.arange(4096).chunk(8),
+       "zigzag": [zigzag(4096, 8, r) for r in ranks]}
+for i, (name, pieces) in enumerate(cut.items()):
+    pairs = torch.stack([(piece + 1).sum() for piece in pieces])
+    plt.bar(ranks - 0.2 + 0.4 * i, pairs / pairs.float().mean(), 0.4,
+            label=name, color=("C1", "C0")[i])
+    print(f"{name}: most / least is {pairs.max() / pairs.min():.1f}")
+    assert_close(pairs / pairs.float().mean(), (theory, 0 * theory + 1)[i],
+                 atol=0.001, rtol=0)
+plt.plot(ranks, theory, "k.--", label="(2 r + 1) / R")
+plt.gca().set(xlabel="rank r of 8", ylabel="pairs of query and key / mean")
 plt.legend()
 plt.show()
-print(f"last over first: {in_order[-1] / in_order[0]:.1f} in order,",
-      f"{max(mirrored) / min(mirrored):.1f} in zigzag")
-assert in_order[-1] > 14 * in_order[0] and len(set(mirrored)) == 1
-assert all(abs(n / mean - (2 * r + 1) / 8) < 0.01
-           for r, n in enumerate(in_order))
 
 # %% [markdown]
 # About fifteen times as many. In zigzag, a piece and its mirror image, all have
-# equally many. (A rank gains by it if its kernel skips what the mask forbids.
-# One that is given the mask as a matrix, as the package's is here, computes
-# every pair, wherever the pieces lie.) Now the attention: own queries, all keys in
-# whatever order the ranks bring them, and a mask that compares *positions*, not
-# places.
+# equally many. (A rank gains by it only where its kernel skips what the mask
+# forbids.) Now the attention: own queries, all keys in whatever order the ranks
+# bring them, and a mask that compares *positions*, not places.
+#
+# In `nanomai/parallel/context.py` the model learns nothing of this. It already
+# knows a *cache* (`07_sampling_kv_cache`): something that is given new keys
+# and values and returns those of others as well. There the others are the
+# past's, here the other ranks'.
 
 # %%
 q, k, v = (randn(2, 4, 16, 8) for _ in range(3))  # (B, H, T, K)
+plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 own = [zigzag(16, R, r) for r in range(R)]
 everyone = torch.cat(own)  # as the all-gather brings them
 y = torch.empty_like(q)
@@ -633,40 +536,9 @@ for mine in own:
     mask = mine[:, None] >= everyone  # (T / R, T)
     y[:, :, mine] = F.scaled_dot_product_attention(
         q[:, :, mine], k[:, :, everyone], v[:, :, everyone], mask)
-
-
-def check_attention(y):
-    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert_close(y, plain)
-    for a, b in zip(*(torch.autograd.grad(out.pow(2).sum(), (q, k, v))
-                      for out in (y, plain)), strict=True):
-        assert_close(a, b)
-    print("equal to plain attention, with the gradients of q, k and v")
-
-
 print("order of the keys:", *everyone.tolist())
-check_attention(y)
-
-# %% [markdown]
-# In `nanomai/parallel/context.py` the model learns nothing of this. It already
-# knows a *cache* (`07_sampling_kv_cache`): something that is given new keys
-# and values and returns these behind those of the past. Here something else
-# plays that part: other ranks' keys stand where the past would, the last of
-# its positions turn this rank's queries and keys (RoPE), and its mask says who
-# may look at whom. The two processes kept what their first blocks were given.
-
-# %%
-for r in range(R):
-    keys, mask = found["context"][r]["keys"]
-    print(f"rank {r} sees keys of", *keys.tolist())
-    assert torch.equal(keys[-8:], own[r])  # the last are its own
-    assert torch.equal(keys.sort().values, torch.arange(16))
-    assert torch.equal(mask, own[r][:, None] >= keys)
-compare("context")
-counts = found["context"][0]["collectives"]
-print("gathers of keys and values in a layer:",
-      counts["all_gather_into_tensor"] // 4)
-assert counts["all_gather_into_tensor"] == 2 * 4
+assert_same(y, plain, (q, k, v))
+print("equal to plain attention, with the gradients of q, k and v")
 
 # %% [markdown]
 # **Or by heads** (*Ulysses*). Heads do not look at one another. So a rank may
@@ -686,39 +558,34 @@ by_heads = [swap(x.chunk(R, 2), 1, 2) for x in (q, k, v)]
 print("a rank's queries:", tuple(by_heads[0][0].shape))
 ys = [F.scaled_dot_product_attention(*qkv, is_causal=True)
       for qkv in zip(*by_heads, strict=True)]  # R of (B, H / R, T, K)
-check_attention(torch.cat(swap(ys, 2, 1), 2))
+assert_same(torch.cat(swap(ys, 2, 1), 2), plain, (q, k, v))
+print("equal to plain attention again")
 
 # %% [markdown]
-# In the package `Heads` does so around the attention of each block. Queries,
-# keys, values and results change places, and so do their gradients: eight
-# all-to-alls a layer.
-
-# %%
-compare("heads")
-counts = found["heads"][0]["collectives"]
-print("all-to-alls in a layer:", counts["all_to_all_single"] // 4)
-assert counts["all_to_all_single"] == 8 * 4
-
-# %% [markdown]
-# To gather keys and values a rank sends $2GTK\,(R-1)/R$ numbers. By heads it
-# changes $(2H + 2G)\,TK/R$ of its own, queries, results, keys and values, and
-# keeps one part in $R$ of them. (Where $R$ does not divide $G$, key heads are
-# copied first until it does.)
+# What do they send? To gather keys and values a rank sends $2GTK\,(R-1)/R$
+# numbers. By heads it changes $(2H + 2G)\,TK/R$ of its own, queries, results,
+# keys and values, and keeps one part in $R$ of them. (Where $R$ does not divide
+# $G$, key heads are copied first until it does.)
 #
 # > **Predict.** From how many ranks on do heads send less: with a key head for
 # > each query head? With one for eight, as in `mai-1-moe`?
 
 # %%
-def heads_over_keys(H, G, R):
-    return (2 * H + 2 * math.lcm(G, R)) / R / (2 * G)
-
+for layout, collective, in_a_layer in (
+        ("context", "all_gather_into_tensor", 2),  # keys, values
+        ("heads", "all_to_all_single", 8)):  # q, k, v, y; gradients
+    assert compare(layout)[collective] == 4 * in_a_layer
+    print("  in a layer:", in_a_layer, collective)
+for r in range(R):  # what the embedding was given
+    assert torch.equal(found["context"][r]["ids"], ids[:, own[r]])
+    assert torch.equal(found["heads"][r]["ids"], ids.chunk(R, 1)[r])
 
 for G in (64, 8):
-    ratios = {ranks: heads_over_keys(64, G, ranks) for ranks in (2, 4, 8, 16)}
-    print(f"64 heads, {G:2} of keys:",
-          *(f"{ranks} ranks {ratio:.2f} " for ranks, ratio in ratios.items()))
-    assert ratios[2] == (64 + G) / (2 * G)
-assert heads_over_keys(64, 8, 8) > 1 > heads_over_keys(64, 8, 16)
+    ratios = {R: (2 * 64 + 2 * max(G, R)) / R / (2 * G)
+              for R in (2, 4, 8, 16)}
+    print(f"{G} key heads, by heads / by keys:",
+          ", ".join(f"{ratio:.2f} on {R}" for R, ratio in ratios.items()))
+assert ratios[8] > 1 > ratios[16]
 
 # %% [markdown]
 # With a key head each, as soon as there are more than two ranks; with one for
@@ -738,10 +605,12 @@ assert heads_over_keys(64, 8, 8) > 1 > heads_over_keys(64, 8, 16)
 # of tensor's eight collectives.) FSDP gathers each weight once in a step (2
 # bytes) and sums its gradient once (4 bytes), for all 128 sequences that a rank
 # reads. Context is by keys: tensor 8 leaves a GPU 18 heads, which four ranks
-# cannot share.
+# cannot share. For seconds we take the makers' figures for an H100's links
+# inside a machine and for the network between machines, and assume 40 % of the
+# peak for arithmetic.
 #
 # > **Predict.** Order by bytes: tensor, pipeline, FSDP, and context 4 if we
-# > had it too.
+# > had it too. Which could leave the machine?
 
 # %%
 model = nanomai.load_config("mai-1-dense").model
@@ -758,18 +627,10 @@ plt.barh(list(sent), [n / 1e9 for n in sent.values()], color="C0")
 for name, n in sent.items():
     plt.text(n / 1e9 * 1.15, name, f"{n / 1e9:.2g} GB", va="center")
 plt.gca().invert_yaxis()
-plt.xscale("log")
-plt.xlim(0.02, 200)
-plt.xlabel("sent by one GPU for one sequence (GB, log)")
+plt.gca().set(xscale="log", xlim=(0.02, 200),
+              xlabel="sent by one GPU for one sequence (GB, log)")
 plt.show()
 assert sent["tensor 8"] > 50 * max(list(sent.values())[1:])
-
-# %% [markdown]
-# Tensor parallel sends nearly a hundred times as much as any other and is waited
-# for eight times a block; a pipeline sends next to nothing. What does that
-# mean in seconds, by the makers' figures for an H100's links inside a machine
-# and for the network between machines? For arithmetic we assume 40 % of the
-# peak.
 
 # %%
 gpu = DEVICES["h100"]
@@ -786,10 +647,11 @@ print(f"p = 8, m = {m}: ranks wait {7 / (m + 7):.0%} of the time,",
       f"with v = 2 {7 / (2 * m + 7):.0%}")
 
 # %% [markdown]
-# So the grid's last axis, neighbours in one machine, is tensor, and its first
-# is pipeline: see `AXES` in `nanomai/parallel/layout.py`. Real links reach a
-# part of these figures; `15_planning_a_500b_run` says which, and puts memory
-# beside time.
+# Tensor parallel sends nearly a hundred times as much as any other and is waited
+# for eight times a block; a pipeline sends next to nothing. So the grid's last
+# axis, neighbours in one machine, is tensor, and its first is pipeline: see
+# `AXES` in `nanomai/parallel/layout.py`. Real links reach a part of these
+# figures; `15_planning_a_500b_run` says which, and puts memory beside time.
 #
 # ## Exercises
 #

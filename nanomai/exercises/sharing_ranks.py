@@ -48,8 +48,8 @@ def loss_and_gradients(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig
     """The sum of the losses; every gradient, whole; and a protocol of what happened on this rank.
 
     Pipelines take a row at a time. `order` has the forwards and backwards of the stages here, `coming` the tokens for
-    the experts here of each layer, by the rank that they come from, `keys` the positions of the keys that attention
-    had and its mask, where ranks share sequences, and `collectives` how many there were of each kind.
+    the experts here of each layer, by the rank that they come from, `ids` what the embedding was given, and
+    `collectives` how many there were of each kind.
     """
     layout = lay_out(parallel, mesh)
     with torch.device("meta"):
@@ -57,8 +57,10 @@ def loss_and_gradients(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig
     allocate(parallelize(model, layout, parallel), torch.device("cpu"))
     init_weights(model, share=share)
     rows = rows.chunk(layout.data_size)[layout.data_rank]
-    ids, targets, coming = rows[:, :-1], rows[:, 1:], []
-    order, keys = _watch_stages(model)
+    ids, targets, coming, read = rows[:, :-1], rows[:, 1:], [], []
+    order = _watch_stages(model)
+    if model.embed is not None:
+        model.embed.register_forward_pre_hook(lambda embed, inputs: read.append(inputs[0]))
     with Collectives() as collectives, mock.patch.object(expert, "traffic", _watched(expert.traffic, coming)):
         if parallel.pipeline > 1:
             loss = model.pipeline.forward_backward(ids, targets, torch.zeros_like(ids), 1)
@@ -67,26 +69,21 @@ def loss_and_gradients(mesh: Mesh, config: ModelConfig, parallel: ParallelConfig
             loss.backward()
     gradients = {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
                  for name, p in model.named_parameters()}
-    return {"loss": layout.sum(loss.detach()), "gradients": gradients, "order": order, "coming": coming, "keys": keys,
-            "collectives": dict(+collectives.counts)}
+    return {"loss": layout.sum(loss.detach()), "gradients": gradients, "order": order, "coming": coming,
+            "ids": torch.cat(read) if read else None, "collectives": dict(+collectives.counts)}
 
 
-def _watch_stages(model: torch.nn.Module) -> tuple[list[tuple[str, int]], list]:
-    """("F" or "B", which of this rank's stages), as they come: when its first block is entered, and left backwards.
-
-    And the positions of keys, and the mask, that the block was given by what plays a cache, if anything does.
-    """
-    order, keys = [], []
+def _watch_stages(model: torch.nn.Module) -> list[tuple[str, int]]:
+    """("F" or "B", which of this rank's stages), as they come: when its first block is entered, and left backwards."""
+    order = []
     for number, stage in enumerate(stages_of(model)):
         def enter(block, inputs, number=number):
-            x, _, mask, cache, *_ = inputs
+            x, *_ = inputs
             order.append(("F", number))
             x.register_hook(lambda gradient: order.append(("B", number)))
-            if cache is not None:
-                keys.extend((cache.positions(x.shape[1])[1], mask))
 
         next(iter(stage.blocks.values())).register_forward_pre_hook(enter)
-    return order, keys
+    return order
 
 
 def _watched(traffic: Callable, coming: list) -> Callable:
