@@ -165,9 +165,9 @@ print("labels of 2 ranks:", labels, "together", count)
 
 # %% [markdown]
 # The judge of everything below is the package in one process:
-# [`train_sharded`](../nanomai/exercises/data_parallel.py), 20 lines, takes a
-# step with each batch as the trainer would, with its clipping and its AdamW,
-# and leaves weights and the last gradient in a file. (AdamW divides by
+# [`train_sharded`](../nanomai/exercises/data_parallel.py), two dozen lines,
+# takes a step with each batch as the trainer would, with its clipping and its
+# AdamW, and leaves weights and the last gradient in a file. (AdamW divides by
 # $\sqrt v + \varepsilon$. Where a gradient is little more than rounding, that
 # quotient would make a step of it; so our $\varepsilon$ is larger than usual.)
 #
@@ -258,7 +258,7 @@ def train(make_step, W, steps=3):
     return weights, g, states
 
 # %%
-bytes_held = {}  # by stage and W: what rank 0 has
+bytes_held = {}  # of rank 0, by stage and W: for section 5
 
 
 def check(stage, make_step):
@@ -609,8 +609,8 @@ assert total[2] > 80 > total[3]
 # %% [markdown]
 # Only stage 3 fits, and most of what it holds then is not the shard but what
 # is gathered. (FSDP gathers one block ahead, to hide it: one more. Activations
-# come on top: notebook 12.) The package's planner counts the same. Then there is
-# the traffic.
+# come on top: notebook 12.) The package's planner counts the same. Then there
+# is the traffic.
 
 # %%
 alone = dict.fromkeys(("pipeline", "replicas", "fsdp", "context", "expert",
