@@ -58,26 +58,20 @@ config = ModelConfig(n_layers=6, d_model=128, n_heads=4, n_kv_heads=2,
                      head_dim=32, d_ff=344, vocab_size=256,
                      context_length=1024, norm="layernorm",
                      tied_embeddings=False)
-alone = dict.fromkeys(("pipeline", "replicas", "fsdp", "context", "expert",
-                       "tensor"), 1)  # one process
 model = nanomai.build_model(config)
 (adamw,) = optim.build_optimizers(model, OptimConfig())
 ids = torch.randint(256, (1, 64), generator=generator)
 model(ids, ids).backward()
 adamw.step()
 
-
-def total_bytes(tensors):
-    return sum(t.nbytes for t in tensors)
-
-
 N, parameters = config.n_parameters, list(model.parameters())
 owners = {"weights": parameters, "gradients": [p.grad for p in parameters],
           "moments": [state[m] for state in adamw.state.values()
                       for m in ("exp_avg", "exp_avg_sq")]}
-sizes = {name: total_bytes(each) for name, each in owners.items()}
+sizes = {name: sum(t.nbytes for t in each) for name, each in owners.items()}
 print(N, "parameters:", {n: size / N for n, size in sizes.items()}, "bytes")
 assert sum(sizes.values()) == 16 * N
+alone = exercises.ALONE  # one process
 planned = counts.memory_of(nanomai.Config(model=config), alone, 1, 1, 0)
 assert planned["weights"] == sizes["weights"]
 assert planned["optimizer"] == sizes["moments"]
@@ -90,36 +84,33 @@ assert planned["optimizer"] == sizes["moments"]
 #
 # The backward pass needs numbers of the forward pass: the gradient of
 # $y = x W^\top$ with respect to $W$ needs $x$, and that with respect to $x$
-# needs $W$. PyTorch lets us watch: while `saved_tensors_hooks` is active, a
-# function of ours is shown each tensor that is kept. A tensor may be kept
-# twice, or be a view of another, so we count *storages*, each once, and leave
-# out those that exist anyway.
+# needs $W$. While `saved_tensors_hooks` is active, PyTorch shows a function of
+# ours each tensor that is kept. A tensor may be kept twice, or be a view of
+# another, so we count *storages*, each once, and leave out those that exist
+# anyway.
 #
 # > **Predict.** Which of these keep nothing: a sum of two tensors, a product
 # > by a weight, a SiLU, an elementwise product, a softmax?
 
 # %%
 def kept(function, known=()):
-    """The tensors that autograd keeps while `function()` runs"""
-    seen = {}
-    old = {t.untyped_storage().data_ptr() for t in known}
+    """The storages that autograd keeps while `function()` runs"""
+    seen, old = {}, {t.untyped_storage().data_ptr() for t in known}
 
     def pack(t):
-        place = t.untyped_storage().data_ptr()
-        if place not in old:
-            seen[place] = t
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage()
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
-        y = function()
-    return y, list(seen.values())
+        function()
+    return [storage for place, storage in seen.items() if place not in old]
 
 
 a, b, w = (torch.randn(8, 8, requires_grad=True) for _ in range(3))
 cases = {"a + b": lambda: a + b, "a @ w.T": lambda: F.linear(a, w),
          "silu(a)": lambda: F.silu(a), "a * b": lambda: a * b,
          "softmax(a)": lambda: a.softmax(-1)}
-numbers = {name: len(kept(f)[1]) for name, f in cases.items()}
+numbers = {name: len(kept(f)) for name, f in cases.items()}
 print("tensors kept:", *(f"{f}: {n} " for f, n in numbers.items()))
 assert numbers["a + b"] == 0 and numbers["a * b"] == 2
 
@@ -144,40 +135,39 @@ assert numbers["a + b"] == 0 and numbers["a * b"] == 2
 # `counts.kept_bytes` is the planner's formula.
 
 # %%
-def block_keeps(T, model=model):
+def block_keeps(T):
+    """Bytes a token that one block keeps of a text of T tokens"""
     x = torch.randn(1, T, 128, requires_grad=True)
     rotary = ops.rotary_table(torch.arange(T), 32, config.rope_theta)
     known = [*model.parameters(), *rotary]  # tables serve all layers
-    return kept(lambda: model.blocks["0"](x, rotary, None), known)[1]
+    tensors = kept(lambda: model.blocks["0"](x, rotary, None), known)
+    return sum(storage.nbytes() for storage in tensors) / T
 
 
 D, H, G, K, Ff = 128, 4, 2, 32, 344
 by_hand = 4 * (2 * D + 2 * D + (H * K + 2 * G * K) + (H * K + H) + H * K
                + 4 * Ff + 4)
-T = 1024
-measured = total_bytes(block_keeps(T)) / T
 planner = counts.kept_bytes(config, False, alone, "none", width=4)
-print(f"bytes a token: measured {measured:.0f}, by hand {by_hand},",
+print(f"bytes a token: measured {block_keeps(1024):.0f}, by hand {by_hand},",
       f"planner {planner:.0f}")
-assert measured == by_hand == planner + 16
+assert block_keeps(1024) == by_hand == planner + 16
 
 # %% [markdown]
 # To the byte, except that the planner leaves out LayerNorm's 16 bytes of
 # statistics. (With RMSNorm it would be off by more: the CPU has no fused one
-# and keeps its normalised input as well, which a GPU does not.) What is not in
-# the number: rotary tables, which all layers share; in bfloat16, the casts of
-# weights, which autograd keeps and the planner counts apart, as `gathered`;
-# temporaries within an operation, which no hook sees. And the planner speaks of *flash*
-# attention. For short texts on a CPU the package takes the plain formula,
-# whose $T \times T$ probabilities are kept:
+# and keeps its normalised input as well, which a GPU does not.) Not in the
+# number: rotary tables, which all layers share; in bfloat16, the casts of
+# weights, which the planner counts apart, as `gathered`; temporaries within an
+# operation, which no hook sees. And the planner speaks of *flash* attention.
+# For short texts on a CPU the package takes the plain formula, whose
+# $T \times T$ probabilities are kept:
 #
 # > **Predict.** How do the bytes *per token* grow with $T$ then?
 
 # %%
 for T in (128, 256, 512, 1024):
-    measured = total_bytes(block_keeps(T)) / T
-    extra = measured - by_hand
-    print(f"T = {T:4}: {measured:6.0f} bytes a token, {extra:5.0f} too many")
+    extra = block_keeps(T) - by_hand
+    print(f"T = {T:4}: {extra:5.0f} bytes a token too many")
     assert extra == ((4 * H + 1) * T - 16 if T <= 512 else 0)
 
 # %% [markdown]
@@ -190,34 +180,37 @@ for T in (128, 256, 512, 1024):
 # blocks stays. We draw all four owners for batches of one to four sequences.
 
 # %%
-def step_keeps(config, n, T=1024):
+def step_keeps(n, config=config, T=1024):
     """Bytes kept by a forward pass over n sequences"""
     model = nanomai.build_model(config)
     ids = torch.randint(256, (n, T), generator=generator)
     known = [*model.parameters(), ids]
-    _, tensors = kept(lambda: model(ids, ids), known)
-    return sum(t.untyped_storage().nbytes() for t in tensors)
+    return sum(storage.nbytes() for storage in kept(
+        lambda: model(ids, ids), known))
 
 
-outside = step_keeps(replace(config, n_layers=1), 1) - 1024 * by_hand
-theory = {n: n * 6 * 1024 * by_hand for n in (1, 2, 4)}
-bottom = [0.0] * 3
-for name, size in (*sizes.items(), ("activations", None)):
-    each = [size or step_keeps(config, n) for n in theory]
-    plt.bar(range(3), [x / 2**20 for x in each], 0.6, label=name,
-            bottom=[x / 2**20 for x in bottom])
+tokens = [1024, 2048, 4096]
+activations = [step_keeps(n // 1024) for n in tokens]
+theory = [n * 6 * by_hand for n in tokens]
+rest = [x - y for x, y in zip(activations, theory, strict=True)]
+print(f"outside the blocks: {rest[0] / activations[0]:.1%} of them")
+assert rest[0] == step_keeps(1, replace(config, n_layers=1)) - 1024 * by_hand
+assert max(rest) < 0.025 * activations[-1]
+
+# %%
+bottom, MiB = [0.0] * 3, 2**20
+for name, size in (*sizes.items(), ("activations", activations)):
+    each = [x / MiB for x in (size if name == "activations" else [size] * 3)]
+    plt.bar(range(3), each, 0.6, label=name, bottom=bottom)
     bottom = [x + y for x, y in zip(bottom, each, strict=True)]
-for i, size in enumerate(theory.values()):
-    mark = (16 * N + size) / 2**20
-    plt.plot([i - 0.4, i + 0.4], [mark, mark], "k--",
-             label=None if i else "16 N + tokens x layers x by hand")
-plt.xticks(range(3), [f"{n:,} tokens" for n in (1024, 2048, 4096)])
+marks = [(16 * N + x) / MiB for x in theory]
+plt.hlines(marks, [-0.4, 0.6, 1.6], [0.4, 1.4, 2.4], "k", "--",
+           label="16 N + tokens x layers x by hand")
+assert all(0.97 < x / y < 1 for x, y in zip(marks, bottom, strict=True))
+plt.xticks(range(3), [f"{n:,} tokens" for n in tokens])
 plt.ylabel("memory (MiB)")
 plt.legend(loc="upper left")
 plt.show()
-rest = [x - 16 * N - y for x, y in zip(bottom, theory.values(), strict=True)]
-print(f"outside the blocks: {rest[0] / each[0]:.1%} of the activations")
-assert rest[0] == outside and max(rest) < 0.02 * bottom[-1]
 
 # %% [markdown]
 # What is outside is a last norm, rotary tables, and, in place of logits, the
@@ -230,26 +223,29 @@ assert rest[0] == outside and max(rest) < 0.02 * bottom[-1]
 # What can be computed again need not be kept. *Full* recomputation keeps the
 # input of each block alone; when the backward pass reaches a block it runs
 # its forward once more, now keeping everything, and then its backward.
+# *Selective* recomputation keeps the results of the expensive operations,
+# matrix products and attention, and computes again what is cheap: norms,
+# rotations, SwiGLU. We do the first by hand, and count FLOPs.
+#
+# > **Predict.** A forward pass is a third of a step's arithmetic. How much
+# > more does each way compute?
 
 # %%
 def by_hand_step(model, ids):
     """Gradients of the loss, each block run twice"""
-    x, inputs = model.embed(ids), []
+    x, blocks = model.embed(ids), model.blocks.values()
     rotary = ops.rotary_table(torch.arange(ids.shape[1]), 32,
                               config.rope_theta)
+    inputs = [x.detach()]
     with torch.no_grad():
-        h = x
-        for block in model.blocks.values():
-            inputs.append(h)
-            h = block(h, rotary, None)
-    top = h.requires_grad_()
+        for block in blocks:
+            inputs.append(block(inputs[-1], rotary, None))
+    top = inputs.pop().requires_grad_()
     hidden = model.norm(top).flatten(0, 1)
-    loss = model.loss(hidden, model.head.weight, ids.flatten())
-    loss.backward()
+    model.loss(hidden, model.head.weight, ids.flatten()).backward()
     d = top.grad
-    for block, h in zip(reversed(model.blocks.values()), reversed(inputs),
-                        strict=True):
-        h = h.detach().requires_grad_()
+    for block, h in zip(reversed(blocks), reversed(inputs), strict=True):
+        h.requires_grad_()
         block(h, rotary, None).backward(d)  # once more, and back
         d = h.grad
     x.backward(d)
@@ -259,83 +255,84 @@ def by_hand_step(model, ids):
 def package_step(what, ids):
     model = nanomai.build_model(config)
     recompute(model, what)
-    model(ids, ids, reduction="sum").backward()
-    return {n: p.grad for n, p in model.named_parameters()}
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids, reduction="sum").backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    return gradients, counter.get_total_flops()
 
 
 ids = torch.randint(256, (1, 640), generator=generator)
-true = package_step("none", ids)
+short = ids[:, :256]  # PyTorch does not count the CPU's flash kernel
+(true, _), (_, least) = package_step("none", ids), package_step("none", short)
 ours = by_hand_step(nanomai.build_model(config), ids)
-for name, found in (("by hand", ours), ("full", package_step("full", ids)),
-                    ("selective", package_step("selective", ids))):
-    assert_close(found, true, rtol=1e-4, atol=1e-5)
-    print(f"{name}: all {len(true)} gradients equal")
+assert_close(ours, true, rtol=1e-4, atol=1e-5)
+for what, low, high in (("selective", 1, 1), ("full", 1.2, 4 / 3)):
+    assert_close(package_step(what, ids)[0], true, rtol=1e-4, atol=1e-5)
+    more = package_step(what, short)[1] / least
+    print(f"{what}: all {len(true)} gradients equal, {more:.2f} x the FLOPs")
+    assert low <= more <= high
 
 # %% [markdown]
-# *Selective* recomputation keeps the results of the expensive operations,
-# matrix products and attention, and computes again what is cheap: norms,
-# rotations, SwiGLU. What it keeps does not pass the hooks. So we watch
-# *every* storage from birth to death, wherever it comes from.
+# Less than a third: the last product of a block need not be done again, since
+# no gradient asks for its result, nor need the head's. Selective repeats no
+# product at all. (In the paper that coined the word only the $T \times T$
+# matrices of attention are computed again; a flash kernel does that anyway.)
+#
+# How much does each way keep? What selective keeps does not pass the hooks. So
+# we watch *every* storage, wherever it comes from, and ask after each
+# operation how many bytes are alive.
+#
+# > **Predict.** Sketch the memory over one step, forward and backward, for
+# > all three ways. Where is each peak?
 
 # %%
+def storages(tree):
+    return {t.untyped_storage()._cdata: t.untyped_storage()
+            for t in tree_leaves(tree) if torch.is_tensor(t)}
+
+
 class Meter(TorchDispatchMode):
-    """Bytes of the storages made inside that are still alive"""
+    """Bytes that were made inside and are alive, after each operation"""
 
     def __init__(self):
         super().__init__()
-        self.now, self.line, self.alive = 0, [0], {}
+        self.line, self.alive = [0], weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        def storages(tree):
-            return {t.untyped_storage()._cdata: t.untyped_storage()
-                    for t in tree_leaves(tree) if torch.is_tensor(t)}
-
         y = op(*args, **(kwargs or {}))
-        old = storages((args, kwargs)).keys() | self.alive.keys()
-        for key, storage in storages(y).items():
-            if key not in old:
-                size = storage.nbytes()
-                self.alive[key] = weakref.ref(
-                    storage, lambda _, key=key, size=size:
-                    (self.alive.pop(key), self.change(-size)))
-                self.change(size)
+        given = storages((args, kwargs))  # a view of these is not new
+        self.alive.update({key: storage for key, storage
+                           in storages(y).items() if key not in given})
+        self.line.append(sum(s.nbytes() for s in self.alive.values()))
         return y
 
-    def change(self, size):
-        self.now += size
-        self.line.append(self.now)
-
 # %%
-def watch(what, n_layers, T=1024):
+def watch(what, n_layers):
+    """Bytes kept between forward and backward, and alive at each moment"""
     model = nanomai.build_model(replace(config, n_layers=n_layers))
     recompute(model, what)
-    ids = torch.randint(256, (1, T), generator=generator)
+    ids = torch.randint(256, (1, 1024), generator=generator)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # there before: not counted
     with Meter() as meter:
         loss = model(ids, ids)
-        after_forward = meter.now
+        between = sum(s.nbytes() for s in meter.alive.values())
         loss.backward()
-    return after_forward, meter.line
-
-# %% [markdown]
-# > **Predict.** Sketch the memory over one step, forward and backward, for
-# > all three. Where is each peak?
+    return between, meter.line
 
 # %%
 peaks = {}
-for what, color in (("none", "C0"), ("selective", "C2"), ("full", "C1")):
+for what in ("none", "selective", "full"):
     (small, _), (large, line) = watch(what, 5), watch(what, 6)
-    peaks[what] = max(line)
     planner = counts.kept_bytes(config, False, alone, what, width=4)
     statistics = 16 * (what == "none")  # recomputed, or never counted
     assert (large - small) / 1024 == planner + statistics
     print(f"{what}: a layer keeps {planner + statistics:.0f} bytes a token")
-    plt.plot([i / len(line) for i in range(len(line))],
-             [x / 2**20 for x in line], color, label=what)
-theory = 1024 * 6 * by_hand / 2**20
-plt.axhline(theory, color="k", ls="--", label="6 layers, all kept")
-plt.xlabel("progress of the step (share of allocations and releases)")
+    plt.plot(torch.linspace(0, 1, len(line)), [x / MiB for x in line],
+             label=what)
+    peaks[what] = max(line)
+plt.axhline(theory[0] / MiB, color="k", ls="--", label="6 layers, all kept")
+plt.xlabel("progress of the step (share of its operations)")
 plt.ylabel("memory beyond 16 N (MiB)")
 plt.ylim(0, 75)
 plt.legend(title="recompute", ncol=4, loc="upper center")
@@ -349,51 +346,29 @@ assert peaks["full"] < 0.4 * peaks["none"]
 # one block's activations and their gradients. With 6 layers that tooth is most
 # of its peak; with 100 the inputs of the blocks would be.
 #
-# The price is arithmetic. A forward pass costs a third of a step, so `full`
-# should cost a third more, at most: the last product of a block need not be
-# done again, since no gradient asks for its result, nor need the head's.
-
-# %%
-flops = {}
-for what in ("none", "selective", "full"):
-    with FlopCounterMode(display=False) as counter:
-        package_step(what, ids[:, :256])
-    flops[what] = counter.get_total_flops()
-ratio = {what: n / flops["none"] for what, n in flops.items()}
-print({what: round(x, 2) for what, x in ratio.items()})
-assert ratio["selective"] == 1 and 1.2 < ratio["full"] < 4 / 3
-
-# %% [markdown]
-# Selective repeats no product at all. It keeps most of the bytes, though;
-# which to take depends on what is scarce. (In the paper that coined the word
-# only the $T \times T$ matrices of attention are computed again. A flash kernel
-# does that anyway.)
-#
 # Break it. Running twice must give the same twice. A block that draws random
 # numbers, as dropout does, draws others the second time, and then the
 # gradient is that of another function. `torch.utils.checkpoint` puts the
 # generator back. We forget to.
 
 # %%
-def noisy(x, w):
-    return torch.tanh(F.dropout(x, 0.3) @ w)
+def gradient(twice, restore=True):
+    """Of a sum of noisy numbers, w.r.t. w, run once or twice"""
+    def noisy():
+        return torch.tanh(F.dropout(a, 0.3) @ w).sum()
 
-
-def recomputed_gradient(w, restore):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    with torch.no_grad():
-        noisy(a, w)
+    if twice:
+        noisy()
     if restore:
         torch.set_rng_state(state)
-    return torch.autograd.grad(noisy(a, w).sum(), w)[0]
+    return torch.autograd.grad(noisy(), w)[0]
 
 
-torch.manual_seed(0)
-true = torch.autograd.grad(noisy(a, w).sum(), w)[0]
-assert_close(recomputed_gradient(w, restore=True), true)
+assert_close(gradient(twice=True), gradient(twice=False))
 try:
-    assert_close(recomputed_gradient(w, restore=False), true)
+    assert_close(gradient(twice=True, restore=False), gradient(twice=False))
 except AssertionError as error:
     print("another mask the second time:", type(error).__name__)
 
@@ -409,44 +384,37 @@ except AssertionError as error:
 # > most, which least? What does it cost in arithmetic to go from 36 to 6?
 
 # %%
-def segmented_peak(k, L=36, D=256):
-    """Peak bytes over an input's, of L layers y = tanh(x) in k segments"""
+def segmented_peak(k, L=36):
+    """Peak, in inputs, of L layers y = tanh(x) in k segments"""
     def segment(x):
         for _ in range(L // k):
             x = torch.tanh(x)  # keeps its result, for 1 - y^2
         return x
 
-    x = torch.randn(1, D, D, generator=generator, requires_grad=True)
+    inputs = [torch.randn(256, 256, generator=generator)]
     with Meter() as meter:
-        y, inputs = x, []
         with torch.no_grad():
             for _ in range(k):
-                inputs.append(y)
-                y = segment(y)
-        d = torch.ones_like(y)
-        del y
+                inputs.append(segment(inputs[-1]))
+        d = torch.ones_like(inputs.pop())
         while inputs:
-            h = inputs.pop().detach().requires_grad_()
+            h = inputs.pop().requires_grad_()
             (d,) = torch.autograd.grad(segment(h), h, d)
-    return max(meter.line) / x.nbytes
-
-
-ks = [1, 2, 3, 4, 6, 9, 12, 18, 36]
-measured = [segmented_peak(k) for k in ks]
-print("k:    ", *(f"{k:4}" for k in ks))
-print("peak: ", *(f"{peak:4.0f}" for peak in measured), "inputs")
+    return max(meter.line) / d.nbytes
 
 # %%
-line = torch.linspace(1, 36, 200)
+ks, line = [1, 2, 3, 4, 6, 9, 12, 18, 36], torch.linspace(1, 36, 200)
+measured = [segmented_peak(k) for k in ks]
 plt.plot(line, line + 36 / line, "k--", label="k + L / k")
 plt.plot(ks, measured, "o", label="measured")
-plt.axvline(6, color="C1", ls=":", label="sqrt(L)")
+plt.axvline(math.sqrt(36), color="C1", ls=":", label="sqrt(L)")
 plt.ylim(0)
 plt.xlabel("segments k of 36 layers")
 plt.ylabel("peak (inputs of a layer)")
 plt.legend()
 plt.show()
-assert min(measured) == measured[ks.index(6)]
+print("inputs at k = 1, 6, 36:", *(f"{measured[i]:.0f}" for i in (0, 4, 8)))
+assert min(measured) == measured[4]
 for k, peak in zip(ks, measured, strict=True):
     assert 0 <= peak - (k + 36 / k) <= 3
 
@@ -473,20 +441,17 @@ for k, peak in zip(ks, measured, strict=True):
 folder = Path(tempfile.mkdtemp())
 
 
-def naive_save(step, killed=False):
-    """Two files, in place; a kill may come between them"""
-    torch.save(torch.full((3,), step), folder / "weights.pt")
-    if not killed:
-        torch.save(torch.full((3,), step), folder / "moments.pt")
+def naive_save(step, *names):
+    for name in names:  # in place
+        torch.save(torch.tensor(step), folder / name)
 
 
-naive_save(1)
-naive_save(2, killed=True)
-weights, moments = (torch.load(folder / f"{name}.pt")[0].item()
-                    for name in ("weights", "moments"))
-print("loads without an error: weights of step", weights,
-      "and moments of step", moments)
-assert weights != moments
+naive_save(1, "weights.pt", "moments.pt")
+naive_save(2, "weights.pt")  # killed here
+steps = [torch.load(folder / name).item() for name in
+         ("weights.pt", "moments.pt")]
+print("loads: weights of step {}, moments of step {}".format(*steps))
+assert steps == [2, 1]
 whole = (folder / "weights.pt").read_bytes()
 (folder / "weights.pt").write_bytes(whole[: len(whole) // 2])
 try:
@@ -500,11 +465,11 @@ except RuntimeError as error:
 # under another name and *rename* when all is done; a rename happens or does
 # not. And say in a *manifest*, written last, what must be there: names, sizes
 # and checksums. `nanomai/checkpoint.py` does so.
+#
+# What is saved must also be enough: a run that goes on from the file of step 2
+# must be the run that was never broken, to the bit.
 
 # %%
-folder = Path(tempfile.mkdtemp())
-
-
 def tensors_of(model, adamw):
     state = optim.named_state([adamw], model)
     return {**model.state_dict(),
@@ -519,18 +484,30 @@ def train_step(model, adamw, step):
     model(ids, ids).backward()
     adamw.step()
 
-
+# %%
+folder = Path(tempfile.mkdtemp())
 for step in (1, 2):
     train_step(model, adamw, step)
     path = checkpoint.save(folder, step, tensors_of(model, adamw),
                            {"step": step})
-manifest = json.loads((path / "manifest.json").read_text())["files"]
 print(*sorted(p.name for p in folder.iterdir()))
+manifest = json.loads((path / "manifest.json").read_text())["files"]
 for name, entry in manifest.items():
     print(f"{name:14}", sorted(entry))
 stored = sum(entry["bytes"] for entry in manifest.values())
 print(f"{stored / N:.0f} bytes a parameter: weights and two moments")
 assert 12 < stored / N < 12.5
+
+# %%
+train_step(model, adamw, 3)  # unbroken
+again = nanomai.build_model(config, seed=99)
+(other,) = optim.build_optimizers(again, OptimConfig())
+checkpoint.load(path, tensors_of(again, other))
+train_step(again, other, checkpoint.read_state(path)["step"] + 1)
+for name, tensor in tensors_of(model, adamw).items():
+    assert torch.equal(tensor, tensors_of(again, other)[name]), name
+print("step 3 from the file of step 2:", len(tensors_of(again, other)),
+      "tensors equal to the bit")
 
 # %% [markdown]
 # Gradients are not in it: the next step makes new ones. There is no file that
@@ -542,27 +519,23 @@ assert 12 < stored / N < 12.5
 # > go unnoticed without checksums?
 
 # %%
-def flip(path, name="__0_0.distcp"):
-    data = bytearray((path / name).read_bytes())
+def flip(data):
     data[len(data) // 2] ^= 1  # one bit
-    (path / name).write_bytes(data)
+    return data
 
 
-def truncate(path, name="__0_0.distcp"):
-    data = (path / name).read_bytes()
-    (path / name).write_bytes(data[: len(data) // 2])
-
-
-hurts = {"it is truncated": truncate,
-         "does not match its checksum": flip,
-         "state.json is missing": lambda p: (p / "state.json").unlink(),
-         "the checkpoint is incomplete":
-             lambda p: (p / "manifest.json").unlink()}
-for reason, hurt in hurts.items():
-    copy = Path(tempfile.mkdtemp()) / "checkpoints"
-    shutil.copytree(folder, copy)
+hurts = {"it is truncated": ("__0_0.distcp", lambda data: data[:-9]),
+         "does not match its checksum": ("__0_0.distcp", flip),
+         "state.json is missing": ("state.json", None),
+         "the checkpoint is incomplete": ("manifest.json", None)}
+for reason, (name, change) in hurts.items():
+    copy = shutil.copytree(folder, Path(tempfile.mkdtemp()) / "copy")
     assert checkpoint.newest(copy) == (copy / path.name, [])
-    hurt(copy / path.name)
+    file = copy / path.name / name
+    if change:
+        file.write_bytes(change(bytearray(file.read_bytes())))
+    else:
+        file.unlink()
     found, complaints = checkpoint.newest(copy)
     assert found == copy / "step-00000001" and len(complaints) == 1
     assert path.name in complaints[0] and reason in complaints[0]
@@ -580,8 +553,7 @@ moments = {"the tensors": (checkpoint.dcp, "save", [kill]),
            "the rename": (checkpoint, "flush_folder", [kill]),
            "the pruning": (checkpoint, "flush_folder", [None, kill])}
 for name, (where, what, calls) in moments.items():
-    copy = Path(tempfile.mkdtemp()) / "checkpoints"
-    shutil.copytree(folder, copy)
+    copy = shutil.copytree(folder, Path(tempfile.mkdtemp()) / "copy")
     with mock.patch.object(where, what, side_effect=calls):
         try:
             checkpoint.save(copy, 3, tensors_of(model, adamw), {"step": 3})
@@ -601,22 +573,6 @@ for name, (where, what, calls) in moments.items():
 # new one is in place. (Before the rename everything is flushed to the disk,
 # so that a power cut cannot undo the order.)
 #
-# The last claim: a run that goes on from a checkpoint is the run that was
-# never broken, to the bit.
-
-# %%
-train_step(model, adamw, 3)  # unbroken
-again = nanomai.build_model(config, seed=99)
-(other,) = optim.build_optimizers(again, OptimConfig())
-found, _ = checkpoint.newest(folder)
-checkpoint.load(found, tensors_of(again, other))
-train_step(again, other, checkpoint.read_state(found)["step"] + 1)
-for name, tensor in tensors_of(model, adamw).items():
-    assert torch.equal(tensor, tensors_of(again, other)[name]), name
-print("step 3 from the file of step 2:", len(tensors_of(again, other)),
-      "tensors equal to the bit")
-
-# %% [markdown]
 # ## 6 At 500B
 #
 # `mai-1-dense` is this project's own proposal of a dense model of the size
@@ -628,36 +584,24 @@ print("step 3 from the file of step 2:", len(tensors_of(again, other)),
 
 # %%
 big = nanomai.load_config("mai-1-dense")
-L, T = big.model.n_layers, big.sequence_length
-gigabytes = {}
-for what in ("none", "selective", "full"):
-    block = T * counts.kept_bytes(big.model, False, alone, what)
-    all_of_it = T * counts.kept_bytes(big.model, False, alone, "none")
-    gigabytes[what] = L * block / 1e9, (all_of_it - block) / 1e9
-kept_gb, again_gb = zip(*gigabytes.values(), strict=True)
-plt.bar(range(3), kept_gb, 0.6, label=f"kept by {L} blocks")
-plt.bar(range(3), again_gb, 0.6, bottom=kept_gb,
-        label="made again in one block")
+L, T, ways = big.model.n_layers, big.sequence_length, [*peaks]
+held = [L * T * counts.kept_bytes(big.model, False, alone, what) / 1e9
+        for what in ways]
+again = [(held[0] - x) / L for x in held]
+plt.bar(ways, held, 0.6, label=f"kept by {L} blocks")
+plt.bar(ways, again, 0.6, bottom=held, label="made again in one block")
 plt.axhline(80, color="k", ls="--", label="80 GB")
-for i, size in enumerate(map(sum, gigabytes.values())):
-    plt.text(i, max(size, 80) + 12, f"{size:,.0f} GB", ha="center")
-plt.ylim(0, 900)
-plt.xticks(range(3), gigabytes)
 plt.ylabel("activations of one sequence (GB)")
 plt.legend()
 plt.show()
-print({what: f"{sum(x):,.0f} GB" for what, x in gigabytes.items()})
-assert kept_gb[2] == 2 * L * T * big.model.d_model / 1e9
-assert sum(gigabytes["full"]) < 80 < sum(gigabytes["selective"])
-
-# %%
+total = [x + y for x, y in zip(held, again, strict=True)]
+print(*(f"{x}: {size:,.0f} GB " for x, size in zip(ways, total, strict=True)))
+assert held[2] == 2 * L * T * big.model.d_model / 1e9
+assert total[2] < 80 < total[1]
 size = 12 * big.model.n_parameters  # weights and two moments, float32
-best = min(range(1, L + 1), key=lambda k: k * kept_gb[2] / L + math.ceil(
-    L / k) * kept_gb[0] / L)
 print(f"a checkpoint: {size / 1e12:.1f} TB, {size / 1024 / 1e9:.1f} GB",
       "from each of 1,024 ranks")
-print(f"fewest bytes with {best} segments of {math.ceil(L / best)} blocks")
-assert 5e12 < size < 7e12 and best < L
+assert 5e12 < size < 7e12
 
 # %% [markdown]
 # Only full recomputation, and that of one sequence on a GPU that holds
