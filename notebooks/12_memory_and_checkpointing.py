@@ -64,6 +64,7 @@ ids = torch.randint(256, (1, 64), generator=generator)
 model(ids, ids).backward()
 adamw.step()
 
+# %%
 N, parameters = config.n_parameters, list(model.parameters())
 owners = {"weights": parameters, "gradients": [p.grad for p in parameters],
           "moments": [state[m] for state in adamw.state.values()
