@@ -44,9 +44,14 @@ aten = torch.ops.aten
 ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, dropout=0.0, causal=False: _attention(q, k, v, causal=causal, widths=(1, 1)),
+    aten._scaled_dot_product_efficient_attention:
+        lambda q, k, v, bias, sums, dropout=0.0, causal=False: _attention(q, k, v, causal=causal, widths=(1, 1)),
     # scores once more, and the gradients of q and k; of v and of the scores
     aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda dy, q, k, v, y, sums, dropout, causal: _attention(q, k, v, causal=causal, widths=(3, 2)),
+    aten._scaled_dot_product_efficient_attention_backward:
+        lambda dy, q, k, v, bias, y, sums, seed, offset, dropout, wanted, causal=False:
+            _attention(q, k, v, causal=causal, widths=(3, 2)),
 }
 PRODUCTS = flop_registry | {
     torch.ops.nanomai.grouped_products:

@@ -11,28 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanomai import ops
+from nanomai import stand_ins
 from nanomai.config import Config, ConfigError
 from nanomai.model import Transformer
 from nanomai.moe import balance_experts, sum_loads
 from nanomai.observer import Observer
 from nanomai.optim import build_optimizers
-from nanomai.parallel import expert, fsdp
+from nanomai.parallel import fsdp
 from nanomai.parallel.apply import allocate, clip_gradients, parallelize
-from nanomai.parallel.collectives import exchanged
 from nanomai.parallel.layout import Layout, factors, lay_out
 from nanomai.parallel.limits import share_layers
 from nanomai.parallel.mesh import Mesh
@@ -193,13 +189,6 @@ def _fake_ranks(world_size: int, rank: int) -> Iterator[Mesh]:
         _clear_sharding_prop_cache()  # it knows groups that are gone, by names that the next ones will have
 
 
-def _even_traffic(counts: Tensor, group: dist.ProcessGroup, pairs: int, imbalance: float):
-    """`expert.traffic` where every rank sends each the same number of its `pairs`, and this one gets `imbalance` so."""
-    coming = exchanged(counts, [1] * group.size(), [1] * group.size(), group)
-    sent = [pairs // group.size() + (rank < pairs % group.size()) for rank in range(group.size())]
-    return coming, sent, [round(sent[0] * imbalance)] * group.size()
-
-
 def _observe(config: Config, world_size: int, stage: int, depths: list[int], micro_batches: int,
              imbalance: float) -> dict:
     """What the first rank of a stage does in a step, at one depth or continued from two; by name."""
@@ -225,38 +214,9 @@ def _observe_one(config: Config, layout: Layout, depth: int, micro_batches: int,
     with (FakeTensorMode(allow_non_fake_inputs=True) as fake, Observer(fake, layout, len(model.blocks)) as observer,
           # or DTensor would find the shapes of whole tensors among the fakes that are counted
           mock.patch("torch.distributed.tensor._sharding_prop.detect_fake_mode", return_value=None),
-          mock.patch.object(expert, "traffic", functools.partial(_even_traffic, pairs=pairs, imbalance=imbalance)),
-          mock.patch.object(ops, "EXPLICIT_SCORES_LIMIT", 0),  # attention as on a GPU
-          mock.patch.object(ops, "causal_mask", _no_mask),
-          _messages() if layout.sizes["pipeline"] > 1 else contextlib.nullcontext()):
+          stand_ins.even_routers(pairs, imbalance), stand_ins.kernels_of_a_gpu(),
+          stand_ins.messages() if layout.sizes["pipeline"] > 1 else contextlib.nullcontext()):
         return _step(config, layout, model, observer, micro_batches)
-
-
-def _no_mask(q: Tensor, k: Tensor) -> None:
-    """Where queries are the last of the positions, our kernel needs no matrix to hide what is causally hidden.
-
-    The library, told of a causal mask alone, does as much, if of the wrong numbers: it takes queries for the first.
-    """
-
-
-@contextlib.contextmanager
-def _messages() -> Iterator[None]:
-    """Between stages: a network holds what it was given until someone waits for it.
-
-    Before, stages vote whether all know the shapes that they exchange; here this is settled, as votes have values.
-    """
-    from torch.distributed.pipelining import schedules
-
-    from nanomai.parallel.stage import Stage
-    post, yes = schedules._batch_p2p, SimpleNamespace(item=lambda: 1)
-
-    def hold(given: list[dist.P2POp], *rest, **options) -> list:
-        return [*post(given, *rest, **options), SimpleNamespace(wait=lambda: None, holds=given)]
-
-    with (mock.patch.object(schedules, "_batch_p2p", hold),
-          mock.patch.object(Stage, "_warmup_forward_vote", create=True),
-          mock.patch.object(Stage, "_warmup_backward_result", create=True, return_value=yes)):
-        yield
 
 
 def _step(config: Config, layout: Layout, model: Transformer, observer: Observer, micro_batches: int = 1) -> dict:

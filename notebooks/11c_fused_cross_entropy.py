@@ -770,4 +770,4 @@ exercises.check_largest_chunk(largest_chunk)
 # Megatron-LM [1909.08053](https://arxiv.org/abs/1909.08053), Llama 3's
 # vocabulary [2407.21783](https://arxiv.org/abs/2407.21783).
 #
-# **Next:** `12_memory_checkpointing` weighs everything else.
+# **Next:** `12_memory_and_checkpointing` weighs everything else.

@@ -61,7 +61,8 @@ MAY_IMPORT = {
     "evaluation": "data layers ops model parallel tokenizer sampling",  # a sum over all ranks
     "hub": "architecture checkpoint config config_file files model pretrained rope runs tokenizer",
     "observer": "grouped parallel",
-    "simulator": "config model moe observer ops optim parallel",
+    "simulator": "config model moe observer optim parallel stand_ins",
+    "stand_ins": "ops parallel",
     "trainer": BELOW_TRAINER + " show",  # the loss curve of every run folder
     "post": BELOW_TRAINER + " trainer",
     "exercises": BELOW_TRAINER + " show triton_kernels",  # the checks of the notebooks: answers against the package
@@ -97,8 +98,8 @@ MAY_NEED = {
 MAY_READ_ENVIRONMENT = ["cli", "machine", "parallel.launch"]
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}
 
-# 4,000 lines for what trains, 700 for the ways in and out of Hugging Face, and 2,000 for many ranks and their planning
-MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 40, 300, 6_700
+# 4,000 lines for what trains, 700 for the ways in and out of Hugging Face, and 2,100 for many ranks and their planning
+MAX_FUNCTION, MAX_FILE, MAX_PACKAGE = 40, 300, 6_800
 MAX_FILE_OF = {"model": 400}
 
 
@@ -278,7 +279,7 @@ FAULTS = [
     (too_long, {"../triton_kernels/a.py": "x = 1\n" * 301}, "triton_kernels/a.py: 301 lines; 300 are allowed"),
     (too_long, {"model.py": "x = 1\n" * 401}, "nanomai/model.py: 401 lines; 400 are allowed"),
     (too_long, {"ops.py": LONG_FUNCTION}, "nanomai/ops.py:1: _f has 41 lines; 40 are allowed"),
-    (too_long, {f"post/{i}.py": "x = 1\n" * 250 for i in range(27)}, "nanomai has 6750 lines of code"),
+    (too_long, {f"post/{i}.py": "x = 1\n" * 250 for i in range(28)}, "nanomai has 7000 lines of code"),
     (undocumented, {"ops.py": "def f():\n    pass"}, "nanomai/ops.py:1: f has no docstring"),
     (undocumented, {"../triton_kernels/a.py": "def f():\n    pass"}, "triton_kernels/a.py:1: f has no docstring"),
     (undocumented, {"ops.py": "class C:\n    x = 1"}, "nanomai/ops.py:1: C has no docstring"),

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +27,7 @@ from nanomai.parallel.launch import launch, process_group
 from nanomai.parallel.layout import Layout, factors, lay_out
 from nanomai.parallel.limits import share_layers
 from nanomai.parallel.mesh import Mesh, RankFailed
+from nanomai.parallel.shares import cut
 from nanomai.sampling import KVCache
 
 # wq and wo have one shape and are cut in two ways; 18 rows cut in two are 9, which two again share unevenly.
@@ -575,6 +576,11 @@ def trains_on_an_odd_length(rank):
 def test_ranks_that_share_products_train_on_equal_parts():
     """Each rank would have all positions of the norms, and the sum over ranks twice their gradient."""
     launch(trains_on_an_odd_length, 2)
+
+
+def test_values_are_not_cut():
+    with pytest.raises(ValueError, match=r"^weight has values already; make a model that ranks are to"):
+        cut(torch.nn.Linear(4, 4), "weight", None, Shard(0))
 
 
 @pytest.mark.parametrize("settings, field", [({"replicas": 0}, "replicas"), ({"fsdp": -1}, "fsdp")])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 import nanomai
-from nanomai import cli, ops, simulator
+from nanomai import cli, ops, simulator, stand_ins
 from nanomai.architecture import MLAConfig, MoEConfig
 from nanomai.config import Config, ConfigError, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from nanomai.config_file import load_config
@@ -105,16 +105,17 @@ def test_flops_of_ranks_that_share_sequences(ranks, by):
 
 
 def test_flops_of_ranks_that_share_latents():
-    """By keys each makes those of all out of the latents; by heads its own. Scores are matrices here, masked or not."""
+    """By keys each makes those of all out of the latents, and scores up to the ends of two pieces; by heads its own."""
     latents = MLAConfig(kv_rank=64, rope_dim=16, v_dim=24)
     model = dataclasses.replace(MODEL, n_kv_heads=MODEL.n_heads, mla=latents)
     keys, heads = (simulate(dataclasses.replace(config(context=4, context_by=by), model=model), 8).flops
                    for by in ("keys", "heads"))
     made = 3 * T * 6 * 64 * 8 * (32 - 16 + 24)  # for the other three quarters of the positions
     piece = T // 8
-    pairs = (2 * 4 + 1) * piece**2 - T * T // 4  # by keys up to the ends of two pieces, by heads all of two heads
-    assert keys["attention"] == heads["attention"] == 0
-    assert keys["products"] - heads["products"] == 4 * (made // 4 + 6 * pairs * 8 * (32 + 24))
+    assert keys["products"] - heads["products"] == 4 * (made // 4)
+    each = 4 * 2 * (4 * 32 + 3 * 24)  # in four layers, forward and backward
+    assert keys["attention"] == each * 8 * (2 * 4 + 1 / 2) * piece**2  # the first of the first rank's two is a square
+    assert heads["attention"] == each * 2 * T * T // 2  # of two heads, what the mask shows
 
 
 # --- Others that count
@@ -197,8 +198,7 @@ LAYOUTS = {"fsdp": config(train=SHORT, recompute="full"), "tensor": config(train
 
 def really(rank, folder):
     """One step of each layout, in a real job; three times, as gloo may let go of a message late on a busy machine."""
-    ops.EXPLICIT_SCORES_LIMIT, ops.causal_mask = 0, simulator._no_mask
-    with process_group() as mesh, simulator._messages():
+    with process_group() as mesh, stand_ins.messages(), stand_ins.kernels_of_a_gpu():
         for name, config in LAYOUTS.items():
             layout, seen = lay_out(config.parallel, mesh), []
             for _ in range(3):

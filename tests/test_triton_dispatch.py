@@ -3,6 +3,7 @@
 The kernels' own numerics are proved in their own files; here a switch that reaches the wrong op would show.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -14,7 +15,7 @@ from nanomai.architecture import ModelConfig, MoEConfig
 from nanomai.config import ParallelConfig
 from nanomai.kernels import KERNELS
 from nanomai.model import build_model
-from nanomai.parallel.apply import parallelize
+from nanomai.parallel.apply import allocate, parallelize, share
 from nanomai.parallel.launch import launch, process_group
 from nanomai.parallel.layout import lay_out
 from nanomai.trainer import Trainer
@@ -127,24 +128,45 @@ def test_under_activation_checkpointing(config):
     assert distance(loss_and_gradients(model, DOCUMENTS), loss_and_gradients(shaken(config, "torch"), DOCUMENTS)) < 1e-5
 
 
+SHARED = dataclasses.replace(MODEL, vocab_size=102, sliding_window=7)  # ranks share products and sequences in halves
+LAYOUTS = {"fsdp": {}, "fsdp, compiled": {}, "tensor": {"tensor": 2}, "context": {"context": 2},
+           "context, compiled": {"context": 2}, "context by heads": {"context": 2, "context_by": "heads"}}
+
+
+def shared_batch():
+    """(2, 16) ids, targets and documents."""
+    return [x[:, :16] for x in (*batch(), DOCUMENTS)]
+
+
+def copy_shares(whole, model):
+    """Gives this rank's part of each parameter its values."""
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            part, begin = share(mine)
+            part.copy_(theirs[tuple(slice(b, b + n) for b, n in zip(begin, part.shape, strict=True))])
+
+
 def on_two_ranks(rank, folder):
     with process_group() as mesh:
-        for compiled in (False, True):
-            model = shaken(MODEL, "triton")
-            parallelize(model, lay_out(ParallelConfig(), mesh), compile_blocks=compiled)
-            mine = [x[rank:rank + 1] for x in (*batch(), DOCUMENTS)]
-            model(*mine, reduction="sum").backward()
-            whole = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-            if rank == 0:
-                torch.save(whole, folder / f"{compiled}.pt")
+        for case, settings in LAYOUTS.items():
+            parallel, whole = ParallelConfig(**settings), shaken(SHARED, "triton")
+            layout, model = lay_out(parallel, mesh), copy.deepcopy(whole).to("meta")
+            allocate(parallelize(model, layout, parallel, case.endswith("compiled")), torch.device("cpu"))
+            copy_shares(whole, model)
+            mine = [x.chunk(layout.data_size)[layout.data_rank] for x in shared_batch()]
+            loss = model(*mine, reduction="sum")
+            loss.backward()
+            gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+            torch.save(gradients | {"loss": layout.sum(loss.detach())}, folder / f"{case}-{rank}.pt")
 
 
-def test_under_fsdp2_on_two_ranks(tmp_path):
+def test_on_two_ranks(tmp_path):
     launch(on_two_ranks, 2, tmp_path)
-    expected = loss_and_gradients(shaken(MODEL, "torch"), DOCUMENTS)
-    del expected["loss"]
-    for compiled in (False, True):
-        assert distance(torch.load(tmp_path / f"{compiled}.pt"), expected) < 1e-5
+    *data, documents = shared_batch()
+    expected = loss_and_gradients(shaken(SHARED, "torch"), documents, data)
+    for case in LAYOUTS:
+        for rank in range(2):
+            assert distance(torch.load(tmp_path / f"{case}-{rank}.pt"), expected) < 1e-5, case
 
 
 def test_a_run_on_kernels(tmp_path, monkeypatch):

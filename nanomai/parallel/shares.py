@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement
 def cut(module: nn.Module, name: str, ranks: DeviceMesh, *placements: Placement) -> None:
     """Makes a parameter on the meta device a DTensor, cut (Shard) or whole (Replicate) along each axis of `ranks`."""
     local = module.get_parameter(name).detach()
+    if not local.is_meta:  # each rank would take the same part of it
+        raise ValueError(f"{name} has values already; make a model that ranks are to share under torch.device('meta')")
     for axis, placement in enumerate(placements):
         if placement.is_shard():
             local = local.chunk(ranks.size(axis), placement.dim)[0].contiguous()

@@ -161,9 +161,10 @@ def memory_of(config: Config, s: dict[str, int], micro: int, count: int, stage: 
     # a block at work, gradients of another that are on their way in float32, but for a pipeline, and those of the head
     work = max(_work(config, s, experts, tokens, width) for _, experts in groups)
     work += 4 * largest * (sharded and stages == 1) + width * head
-    chunk = min(LOGITS_BYTES, 4 * tokens * model.vocab_size / t)  # and four such, or two and a half beside a product
+    whole = 4 * tokens * model.vocab_size / t
+    chunk = min(LOGITS_BYTES, whole)  # two and a half such beside a product, four where one more begins
     # the head's gradient in float32, twice while it is scaled, and in the dtype of products; hidden states and theirs
-    logits = 4 * head + max(4 * chunk, 2.5 * chunk + width * head, (4 + width) * head)
+    logits = 4 * head + max(4 * chunk * (chunk < whole), 2.5 * chunk + width * head, (4 + width) * head)
     logits += (4 / t + 2 * width) * tokens * model.d_model
     moments = [
         (earlier, resident, activations, logits * (stage == stages - 1), 0.0),
