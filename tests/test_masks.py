@@ -102,6 +102,14 @@ def test_prefix(window, with_documents, impl):
         torch.testing.assert_close(y, expected[:, :, stretch])
 
 
+def test_prefix_is_part_of_a_graph():
+    reach = torch.arange(48).view(2, 2, 12)
+    for mask in (FlashMask(4, reach), FlashMask(None, None), reach[:, :1] > 0, None):
+        whole = torch.compile(prefix, fullgraph=True, backend="eager")(mask, slice(0, 1), 5)
+        torch.testing.assert_close(whole, prefix(mask, slice(0, 1), 5))
+    assert prefix(FlashMask(4, reach), slice(0, 1), 5).reach.is_contiguous(), "a kernel counts on it"
+
+
 # --- models of sparse and dense layers
 
 

@@ -117,7 +117,7 @@ CASES = {  # of two ranks and of four: the same five steps must come of each, an
         "expert, selective": {"expert": 2, "recompute": "selective"}},
     4: {"fsdp": {}, "hsdp": {"replicas": 2}, "fsdp x tensor": {"tensor": 2},
         "replicas x tensor": {"replicas": 2, "tensor": 2}, "expert x tensor": {"expert": 2, "tensor": 2},
-        "expert x context": {"expert": 2, "context": 2},
+        "expert x context": {"expert": 2, "context": 2}, "context": {"context": 4},
         "context by heads x tensor": {"context": 2, "context_by": "heads", "tensor": 2},
         "context by heads, more than for keys": {"context": 4, "context_by": "heads"}},
 }
