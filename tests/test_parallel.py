@@ -37,8 +37,8 @@ MODEL = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=8,
 EXPERTS = dataclasses.replace(MODEL, n_layers=3, moe=MoEConfig(
     n_experts=6, experts_per_token=2, d_expert=32, n_shared_experts=1, n_dense_layers=1, router="sigmoid",
     bias_speed=0.01))
-# Fewer than four, so each is cut inside.
-FEW = dataclasses.replace(EXPERTS, moe=dataclasses.replace(EXPERTS.moe, n_experts=2))
+# Fewer than four, so each is cut inside: by its rows of 32, or, where these are 18, by its columns.
+FEW = dataclasses.replace(EXPERTS, moe=dataclasses.replace(EXPERTS.moe, n_experts=2, d_expert=18))
 MODELS = {"dense": MODEL, "experts": EXPERTS, "tied": dataclasses.replace(MODEL, tied_embeddings=True)}
 MAX_NORM = 0.5
 STEPS, ROWS = 5, 8

@@ -274,6 +274,7 @@ PLANNED = {
     "one": {}, "three": {"n": 3}, "kept": {"n": 2, "keep_gathered": True}, "replicas": {"n": 2, "replicas": 4},
     "selective": {"n": 2, "tensor": 8, "recompute": "selective"}, "keys": {"context": 4},
     "heads": {"context": 4, "context_by": "heads"},
+    "keys of 128k": {"name": "phi-3-medium-128k", "context": 8}, "latents": {"name": "deepseek-v2-lite", "n": 2},
     "pipeline": {"n": 3, "pipeline": 2}, "interleaved": {"n": 4, "pipeline": 2, "stages_per_rank": 2},
     "experts": {"name": "mixtral-8x7b", "n": 2}, "experts elsewhere": {"name": "mai-1-moe", "expert": 16, "tensor": 8},
     "experts elsewhere, selective": {"name": "mai-1-moe", "expert": 16, "tensor": 8, "recompute": "selective"},

@@ -44,16 +44,17 @@ def shard(model: nn.Module, layout: Layout, dtype: torch.dtype, keep_gathered: b
 
 
 def _inside_experts(ranks: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
-    """Where ranks outnumber the experts of a stack (E, m, n), each gets rows of all; else some ranks would get nothing.
+    """Where ranks outnumber the experts of a stack (E, m, n), each gets rows or columns of all, if they divide evenly.
 
-    A function of the parameter, as FSDP wants it; None leaves the first dimension.
+    Else some ranks get nothing, and are gathered from as if they had as much as the others. A function of the
+    parameter, as FSDP wants it; None leaves the first dimension.
     """
     size = ranks["shard"].size()
 
     def placement(parameter: nn.Parameter) -> Shard | None:
         held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        inside = held.ndim == 3 and len(held) < size and held.shape[1] % size == 0
-        return Shard(1) if inside else None
+        inside = [dim for dim in (1, 2) if held.ndim == 3 and len(held) < size and held.shape[dim] % size == 0]
+        return Shard(inside[0]) if inside else None
 
     return placement
 
