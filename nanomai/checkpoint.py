@@ -7,7 +7,8 @@
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed, so a kill at any instant leaves either
 the whole of it or nothing; nothing is ever overwritten (half-old, half-new files load without an error and mix two
-models). What does not verify is named, and the one before it is used.
+models). What does not verify is named, and the one before it is used. Each rank sums up the file that it wrote, and a
+share of those to be verified: the terabytes of a large run are too much for one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import pickle
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,12 +35,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from nanomai.files import flush_folder, write_atomically
 from nanomai.parallel.mesh import Mesh
+from nanomai.parallel.watch import Watchdog
+
+ALONE = Mesh()
+# what the library says of one process; for good, since a block's end would undo what other threads set meanwhile
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointError(RuntimeError):
@@ -51,11 +58,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
     A good checkpoint of the same step stays as it is: the state of a run at a step is one. Raises CheckpointError
     where the disk is full or cannot be written; what was saved before is untouched.
     """
-    final, temporary = _places(folder, step)
-    with _explained(final, temporary):
-        _begin(temporary)
-        _write(tensors, temporary)
-        _finish(temporary, final, state, keep)
+    final = folder / f"step-{step:08d}"
+    if not _is_good(final):
+        _begin(final)
+        _write(tensors, state, final, keep)
     return final
 
 
@@ -66,13 +72,15 @@ class Saver:
     their own: in the group of the training, its messages would meet those of the next steps. Leaving the `with` waits.
     """
 
-    def __init__(self, folder: Path, keep: int, mesh: Mesh, device_type: str = "cpu"):
-        self.folder, self.keep, self.mesh = folder, keep, mesh
-        self.group = dist.new_group(backend="gloo") if mesh.world_size > 1 else None
-        on_gpu = device_type == "cuda"
+    def __init__(self, folder: Path, keep: int, mesh: Mesh, watch: Watchdog, device: torch.device):
+        _require_shared(folder, mesh)
+        self.folder, self.keep, self.mesh, self.watch = folder, keep, mesh, watch
+        self.writers = dataclasses.replace(mesh, group=dist.new_group(backend="gloo")) if mesh.world_size > 1 else mesh
+        on_gpu = device.type == "cuda"
         self.stager = DefaultStager(StagingOptions(use_pinned_memory=on_gpu, use_non_blocking_copy=on_gpu,
                                                    use_shared_memory=False, use_async_staging=False))
         self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.thread = self.pool.submit(threading.get_ident).result()
         self.pending: Future | None = None
 
     def __enter__(self) -> Saver:
@@ -86,81 +94,69 @@ class Saver:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
         """Returns as soon as the numbers are copied; the path is there after `wait`. Collective."""
         self.wait()
-        final, temporary = _places(self.folder, step)
-        with _explained(final, temporary):
-            self.mesh.from_main(lambda: _begin(temporary))
-        staged = self.stager.stage(tensors)
-        self.pending = self.pool.submit(self._write_staged, staged, state, temporary, final)
+        final = self.folder / f"step-{step:08d}"
+        if not _is_good(final, self.mesh):
+            self.mesh.from_main(lambda: _begin(final))
+            _require_shared(_temporary(final), self.mesh)
+            self.pending = self.pool.submit(_write, self.stager.stage(tensors), state, final, self.keep, self.writers)
         return final
 
     def wait(self) -> None:
         """Until the last save lies on the disk. Collective; raises CheckpointError if any rank could not write."""
         pending, self.pending = self.pending, None
         if pending is not None:
+            self.watch.wait(pending, self.thread)
             self.mesh.from_main(pending.result)  # rank 0 hears of every rank's trouble
             pending.exception()
 
-    def _write_staged(self, tensors: dict[str, Tensor], state: dict, temporary: Path, final: Path) -> None:
-        with _explained(final, temporary):
-            _write(tensors, temporary, self.group)
-            if self.mesh.is_main:
-                _finish(temporary, final, state, self.keep)
+
+def _is_good(final: Path, mesh: Mesh = ALONE) -> bool:
+    return mesh.from_main(final.exists) and newest(final.parent, mesh)[0] == final
 
 
-def _places(folder: Path, step: int) -> tuple[Path, Path]:
-    """Where a checkpoint will be, and where it is written."""
-    return folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".writing-{final.name}")
 
 
-def _write(tensors: dict[str, Tensor], temporary: Path, group: dist.ProcessGroup | None = None) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # of one process, and fine
-        dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=group, no_dist=group is None)
+def _begin(final: Path) -> None:
+    with _explained(final):
+        for useless in (*final.parent.glob(".writing-*"), *final.parent.glob(final.name)):  # killed, and damaged
+            shutil.rmtree(useless, ignore_errors=True)
+        _temporary(final).mkdir(parents=True)
+
+
+def _write(tensors: dict[str, Tensor], state: dict, final: Path, keep: int, mesh: Mesh = ALONE) -> None:
+    """Each rank sums up the file that it wrote, which its machine has in memory still. Trouble on one is all ranks'."""
+    temporary = _temporary(final)
+    file = temporary / f"__{mesh.rank}_0.distcp"  # as the library names it
+    with _explained(final):
+        dcp.save(tensors, storage_writer=FileSystemWriter(temporary), process_group=mesh.group, no_dist=not mesh.group)
+        files = dict(mesh.from_all(lambda: (file.name, _entry(file))))
+        if mesh.is_main:
+            _finish(temporary, final, files, state, keep)
 
 
 @contextlib.contextmanager
-def _explained(final: Path, temporary: Path) -> Iterator[None]:
+def _explained(final: Path) -> Iterator[None]:
     """CheckpointError for what a disk may refuse."""
     try:
         yield
     except (OSError, CheckpointException) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # what it holds of a full disk is given back
+        shutil.rmtree(_temporary(final), ignore_errors=True)  # what it holds of a full disk is given back
         raise CheckpointError(f"{final} cannot be written: {_cause(error)}; what was saved before is good") from None
 
 
-def _begin(temporary: Path) -> None:
-    for killed in temporary.parent.glob(".writing-*"):
-        shutil.rmtree(killed, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-
-def _finish(temporary: Path, final: Path, state: dict, keep: int) -> None:
+def _finish(temporary: Path, final: Path, files: dict[str, dict], state: dict, keep: int) -> None:
     """Seals what all ranks have written, moves it into place and removes what is superseded."""
-    folder = final.parent
     write_atomically(temporary / "state.json", json.dumps(state).encode())
-    checksums = _checksums(sorted(temporary.iterdir()))
-    files = {name: {"bytes": (temporary / name).stat().st_size, "blake2b": found} for name, found in checksums.items()}
+    files |= {name: _entry(temporary / name) for name in (".metadata", "state.json")}
     write_atomically(temporary / "manifest.json", json.dumps({"files": files}, indent=1).encode())
     flush_folder(temporary)
-    if _is_good(final):
-        shutil.rmtree(temporary)
-    else:
-        if final.exists():  # damaged
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-    flush_folder(folder)
-    older = [path for path in _all(folder) if path.name < final.name]
-    newer = [path for path in _all(folder) if path.name > final.name]  # damaged, or this run would have begun there
-    for path in newer + older[keep - 1 :]:
+    os.rename(temporary, final)
+    flush_folder(final.parent)
+    saved = _all(final.parent)
+    for path in saved[: (at := saved.index(final))] + saved[at + keep :]:  # a run begins at the newest that is good
         shutil.rmtree(path)
-
-
-def _is_good(path: Path) -> bool:
-    try:
-        verify(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _cause(error: BaseException) -> str:
@@ -173,54 +169,66 @@ def _cause(error: BaseException) -> str:
     return deeper.strerror if deeper else (str(error) or type(error).__name__).splitlines()[0]
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, mesh: Mesh = ALONE) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that verifies, or None; and a line for each newer one that does not."""
     complaints = []
-    for path in _all(folder):
+    for path in mesh.from_main(lambda: _all(folder)):
+        _require_shared(path, mesh)
         try:
-            verify(path)
+            verify(path, mesh)
             return path, complaints
         except CheckpointError as error:
             complaints.append(str(error))
     return None, complaints
 
 
-def verify(path: Path) -> None:
-    """Raises CheckpointError unless every file of the manifest is there, whole and unchanged."""
+def _require_shared(folder: Path, mesh: Mesh) -> None:
+    for rank, sees in enumerate(mesh.from_all(folder.is_dir)):
+        if not sees:
+            raise CheckpointError(f"rank {rank} does not see {folder}; all machines of a run must share its folder")
+
+
+def verify(path: Path, mesh: Mesh = ALONE) -> None:
+    """Raises CheckpointError unless every file of the manifest is there, whole and unchanged.
+
+    Collective: each rank reads its share of the files, and all come to the same verdict.
+    """
+    mesh.from_all(lambda: _verify_share(path, mesh.rank, mesh.world_size))
+
+
+def _verify_share(path: Path, rank: int, world_size: int) -> None:
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
-        named = {name: (entry["bytes"], entry["blake2b"]) for name, entry in files.items()}
+        named = {name: {"bytes": entry["bytes"], "blake2b": entry["blake2b"]} for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: manifest.json is missing or unreadable; the checkpoint is incomplete") from None
     for name in {".metadata", "state.json"} - named.keys():
         raise CheckpointError(f"{path}: manifest.json does not list {name}; the checkpoint is incomplete")
-    for name, (size, _) in named.items():
-        file = path / name
-        if file.name != name or not file.is_file():
+    mine = [*named][rank::world_size]  # of as many ranks as wrote it, each the file that it wrote and is to load
+    for name in mine:
+        if Path(name).name != name or not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, not {size}: it is truncated")
-    for name, found in _checksums([path / name for name in named]).items():
-        if found != named[name][1]:
-            raise CheckpointError(f"{path}: {name} does not match its checksum: it is damaged")
+    with ThreadPoolExecutor() as pool:  # one process may read what a thousand have written
+        for name, found in zip(mine, pool.map(_entry, [path / name for name in mine]), strict=True):
+            if (size := named[name]["bytes"]) != found["bytes"]:
+                raise CheckpointError(f"{path}: {name} has {found['bytes']} bytes, not {size}: it is truncated")
+            if found != named[name]:
+                raise CheckpointError(f"{path}: {name} does not match its checksum: it is damaged")
 
 
-def load(path: Path, tensors: dict[str, Tensor], mesh: Mesh | None = None) -> None:
+def load(path: Path, tensors: dict[str, Tensor], mesh: Mesh = ALONE) -> None:
     """Reads the checkpoint into `tensors`, in place; names and shapes must be those that were saved."""
-    reader = _SafeReader(path)
-    saved = reader.read_metadata().state_dict_metadata
+    saved = (reader := _SafeReader(path)).read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         entry = saved.get(name)
         if not isinstance(entry, TensorStorageMetadata):  # the library would unpickle any other kind blindly
             raise CheckpointError(f"{path}: no tensor {name!r}; it was saved from another model or optimizer")
         if tuple(entry.size) != tuple(tensor.shape):
             raise CheckpointError(f"{path}: {name} has shape {tuple(entry.size)} there and {tuple(tensor.shape)} here")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.load(tensors, storage_reader=reader, no_dist=mesh is None or mesh.world_size == 1)
-        except CheckpointException as error:
-            raise CheckpointError(f"{path} cannot be read: {_cause(error)}") from None
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=mesh.world_size == 1)
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} cannot be read: {_cause(error)}") from None
     for name, tensor in tensors.items():
         mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not torch.isfinite(mine).all():
@@ -238,15 +246,11 @@ class _SafeReader(FileSystemReader):
 
     def read_metadata(self, *args, **kwargs):
         try:
-            with open(Path(self.path) / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(io.BytesIO(file.read())).load()
+            metadata = _MetadataUnpickler(io.BytesIO((self.path / ".metadata").read_bytes())).load()
+            if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+                raise TypeError("it holds something else")
         except Exception as error:  # bytes that are no pickle raise nearly anything
             raise CheckpointError(f"{self.path}: .metadata is not a checkpoint's: {error}") from None
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-            raise CheckpointError(f"{self.path}: .metadata is not a checkpoint's: it holds something else")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
@@ -259,14 +263,12 @@ class _MetadataUnpickler(pickle.Unpickler):
                         ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")})
 
     def find_class(self, module: str, name: str):
-        if (module, name) in self.OTHERS:
+        if (module, name) in self.OTHERS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         if module in self.HOMES and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
                 return found
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
 
 
@@ -276,12 +278,8 @@ def _all(folder: Path) -> list[Path]:
     return sorted(ours, key=lambda p: p.name, reverse=True)
 
 
-def _checksums(files: list[Path]) -> dict[str, str]:
-    """By name. One core hashes about a gigabyte a second, and all ranks of a large run write terabytes."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((file.name for file in files), pool.map(_checksum, files), strict=True))
-
-
-def _checksum(path: Path) -> str:
+def _entry(path: Path) -> dict:
+    """What the manifest says of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        checksum = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": path.stat().st_size, "blake2b": checksum}

@@ -118,9 +118,9 @@ def load_run(name: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     return LoadedRun(model.to(device).eval(), load_tokenizer(folder / "tokenizer.json"), config)
 
 
-def load_weights(model: Transformer, folder: Path, mesh: Mesh | None = None) -> Path:
+def load_weights(model: Transformer, folder: Path, mesh: Mesh = checkpoint.ALONE) -> Path:
     """Reads the weights of a run's newest good checkpoint into `model`; returns the checkpoint."""
-    path, complaints = (mesh or Mesh()).from_main(lambda: checkpoint.newest(folder / "checkpoints"))
+    path, complaints = checkpoint.newest(folder / "checkpoints", mesh)
     if path is None:
         raise RunError(f"{folder} has no usable checkpoint" + "".join(f"; {line}" for line in complaints))
     checkpoint.load(path, model_state(model), mesh)
@@ -128,7 +128,7 @@ def load_weights(model: Transformer, folder: Path, mesh: Mesh | None = None) -> 
 
 
 def begin_from(model: Transformer, name: str | Path, tokenizer: Tokenizer | PretrainedTokenizer,
-               mesh: Mesh | None = None) -> None:
+               mesh: Mesh = checkpoint.ALONE) -> None:
     """Reads the weights of another run into a model that is to be trained on `tokenizer`'s ids."""
     source = find_run(name)
     if load_tokenizer(source / "tokenizer.json").hash != tokenizer.hash:

@@ -14,6 +14,7 @@ from nanomai.model import Transformer, init_weights
 from nanomai.optim import build_optimizers, named_state
 from nanomai.parallel.apply import allocate, parallelize, share
 from nanomai.parallel.layout import Layout
+from nanomai.parallel.watch import Watchdog
 from nanomai.pretrained import PretrainedTokenizer
 from nanomai.report import Report
 from nanomai.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ class RunState:
     """What the steps of a run change. `data` names what it trains on: (manifest, seed, sequence length)."""
 
     def __init__(self, config: Config, folder: Path, layout: Layout, device: torch.device,
-                 tokenizer: Tokenizer | PretrainedTokenizer, data: list, report: Report):
+                 tokenizer: Tokenizer | PretrainedTokenizer, data: list, report: Report, watch: Watchdog):
         self.config, self.folder, self.layout, self.device, self.data = config, folder, layout, device, data
         self.machine = machine.describe(device, layout.mesh.world_size)
         found = self._find(report)
@@ -33,13 +34,13 @@ class RunState:
         self.steps_done, self.samples = 0, 0
         if found is not None:
             self._restore(found, report)
-        self.saver = checkpoint.Saver(folder / "checkpoints", config.train.keep_checkpoints, layout.mesh, device.type)
+        self.saver = checkpoint.Saver(folder / "checkpoints", config.train.keep_checkpoints, layout.mesh, watch, device)
 
     def _find(self, report: Report) -> Path | None:
         """The newest good checkpoint of a resumed run; damaged ones are named."""
         if not self.config.train.resume:
             return None
-        path, complaints = self.layout.mesh.from_main(lambda: checkpoint.newest(self.folder / "checkpoints"))
+        path, complaints = checkpoint.newest(self.folder / "checkpoints", self.layout.mesh)
         for line in complaints:
             report.warn(f"{line}; using the one before it")
         if path is None:

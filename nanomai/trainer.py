@@ -102,7 +102,7 @@ class Trainer:
         self.recent_waits: deque[float] = deque(maxlen=16)  # of them, for this rank's part of the data
         self.watch = Watchdog(mesh, train.hang_timeout)
         self.state = RunState(config, folder, self.layout, device, self.prepared.tokenizer, self.loader.identity,
-                              report)
+                              report, self.watch)
         self.loader.require(self.state.samples + sum(self._batch_samples()))
         list(rank_spans(0, set(self._batch_samples()), 0, self.layout.data_size))  # DataError if they can't share one
         for samples in set(self._batch_samples()):
@@ -204,7 +204,7 @@ class Trainer:
             self.report.warn(f"step {row['step']} skipped: {reason}")
             if self.state.guard.skipped_in_a_row >= self.config.train.max_skipped:
                 self.state.saver.wait()
-                good, _ = self.mesh.from_main(lambda: checkpoint.newest(self.folder / "checkpoints"))
+                good, _ = checkpoint.newest(self.folder / "checkpoints", self.mesh)
                 back = f"the last good checkpoint is {good}" if good else "no checkpoint had been saved"
                 skipped = self.state.guard.skipped_in_a_row
                 raise TrainingStopped(f"{skipped} steps in a row were refused, the last because {reason}; {back}: "

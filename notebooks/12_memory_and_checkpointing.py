@@ -564,9 +564,9 @@ for name, (where, what, calls) in moments.items():
     print(f"killed before {name}: {left} files lie there,",
           "used:", found.name)
     assert found.name[-1] == ("3" if name == "the pruning" else "2")
-    checkpoint.save(copy, 3, tensors_of(model, adamw), {"step": 3})
+    checkpoint.save(copy, 4, tensors_of(model, adamw), {"step": 4})
     assert complaints == []
-    assert sorted(p.name[-1] for p in copy.iterdir()) == ["2", "3"]
+    assert sorted(p.name[-1] for p in copy.iterdir()) == [found.name[-1], "4"]
 
 # %% [markdown]
 # At each moment a whole one is there, and nothing half done is taken for one;

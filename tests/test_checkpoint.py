@@ -15,7 +15,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from nanomai import checkpoint
-from nanomai.checkpoint import CheckpointError, load, newest, read_state, save, verify
+from nanomai.checkpoint import CheckpointError, Saver, load, newest, read_state, save, verify
+from nanomai.parallel.launch import launch, process_group
+from nanomai.parallel.mesh import RankFailed
+from nanomai.parallel.watch import Watchdog
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -44,8 +47,7 @@ def names(folder: Path) -> list[str]:
 
 def reseal(path: Path) -> None:
     """Makes the manifest true again after a file was changed: what an attacker would do."""
-    files = {p.name: {"bytes": p.stat().st_size, "blake2b": checkpoint._checksum(p)}
-             for p in sorted(path.iterdir()) if p.name != "manifest.json"}
+    files = {p.name: checkpoint._entry(p) for p in sorted(path.iterdir()) if p.name != "manifest.json"}
     (path / "manifest.json").write_text(json.dumps({"files": files}))
 
 
@@ -102,7 +104,7 @@ class Killed(BaseException):
 def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     """Dies before the first, second, ... call that changes the disk, until a save lives to its end."""
     places = [(os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (shutil, "rmtree"), (Path, "mkdir"),
-              (checkpoint, "write_atomically"), (checkpoint, "_checksum")]
+              (checkpoint, "write_atomically"), (checkpoint, "_entry")]
     calls = 0
 
     def dying(real, deadly):
@@ -298,3 +300,91 @@ def test_a_tensor_that_is_really_a_pickle(tmp_path, saved):
 def test_bytes_that_are_no_metadata(saved, tmp_path, data):
     (saved / ".metadata").write_bytes(data)
     refused(saved, tmp_path, r"\.metadata is not a checkpoint's")
+
+
+# --- shared by ranks
+
+
+def saver(folder, mesh):
+    return Saver(folder, 2, mesh, Watchdog(mesh, 0), torch.device("cpu"))
+
+
+def summed(mesh, function):
+    """The names of the files that each rank reads through for `function()`."""
+    read, entry = [], checkpoint._entry
+    checkpoint._entry = lambda path: read.append(path.name) or entry(path)
+    try:
+        function()
+    finally:
+        checkpoint._entry = entry
+    return [sorted(names) for names in mesh.from_all(lambda: read)]
+
+
+def share_the_work(rank, folder):
+    with process_group() as mesh:
+        with saver(folder, mesh) as ours:
+            ours.save(1, tensors(1), {})
+            ours.wait()
+            read = summed(mesh, lambda: (ours.save(2, tensors(2), {}), ours.wait()))
+            assert read == [[".metadata", "__0_0.distcp", "state.json"], ["__1_0.distcp"]], "each what it wrote"
+            good, bad = folder / "step-00000001", folder / "step-00000002"
+            read = summed(mesh, lambda: newest(folder, mesh))
+            assert read == [[".metadata", "__0_0.distcp"], ["__1_0.distcp", "state.json"]], "all, and none twice"
+            before = bad.stat().st_ino
+            ours.save(2, tensors(2), {})
+            assert ours.pending is None and bad.stat().st_ino == before, "a good one of the same step stays"
+        found = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+        load(bad, found, mesh)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors(2).items())
+        agree_on_damage(mesh, good, bad)
+        fail_together(mesh, folder)
+
+
+def agree_on_damage(mesh, good, bad):
+    """What one rank finds, all say, whether the rank is this or the other."""
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata", "state.json"):
+        whole = (bad / name).read_bytes()
+        for damage, what in ((flip, "does not match its checksum: it is damaged"),
+                             (lambda file: os.truncate(file, 5), f"has 5 bytes, not {len(whole)}: it is truncated"),
+                             (Path.unlink, "is missing")):
+            mesh.barrier()
+            if mesh.is_main:
+                damage(bad / name)
+            mesh.barrier()
+            assert newest(bad.parent, mesh) == (good, [f"{bad}: {name} {what}"])
+            mesh.barrier()
+            if mesh.is_main:
+                (bad / name).write_bytes(whole)
+    mesh.barrier()
+    assert newest(bad.parent, mesh) == (bad, [])
+
+
+def fail_together(mesh, folder):
+    """A disk that fails one rank fails the save for all; a rank that looks elsewhere is named by all."""
+    entry = checkpoint._entry
+
+    def failing(path):
+        if path.name == "__1_0.distcp":
+            raise OSError(5, "Input/output error")
+        return entry(path)
+
+    checkpoint._entry = failing
+    with saver(folder, mesh) as ours:
+        final = ours.save(3, tensors(3), {})
+        with pytest.raises(CheckpointError if mesh.is_main else RankFailed) as caught:
+            ours.wait()
+        said = f"{final} cannot be written: Input/output error; what was saved before is good"
+        assert str(caught.value) == ("" if mesh.is_main else "rank 0 failed: ") + said
+    checkpoint._entry = entry
+    mesh.barrier()
+    assert names(folder) == ["step-00000001", "step-00000002"]
+    os.chdir(folder.parent if mesh.is_main else folder)  # as two machines would have different disks
+    for attempt, path in ((saver, "shared"), (newest, "shared/step-00000002")):
+        with pytest.raises(CheckpointError) as caught:
+            attempt(Path("shared"), mesh)
+        assert str(caught.value) == f"rank 1 does not see {path}; all machines of a run must share its folder"
+
+
+def test_ranks_share_the_work_and_the_verdict(tmp_path):
+    (tmp_path / "shared").mkdir()
+    launch(share_the_work, 2, tmp_path / "shared")

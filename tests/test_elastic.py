@@ -216,3 +216,40 @@ def test_ranks_that_are_late_are_measured_and_named(capfd):
     assert len(said) == 1 and re.match(
         r"nanomai: no step has ended for 3 s \(train.hang_timeout\): rank 1: is in data\.py:\d+ \(\w+\) after step "
         r"(\d); rank 0: waits for other ranks in trainer\.py:\d+ \(step\) after step \1$", said[0]), err
+
+
+def _train_quickly(run):
+    """Only the disk takes long."""
+    trainer.plot_loss, trainer.Trainer._write = lambda *_: None, lambda *_: ""
+    trainer.train(tiny(train__run_dir=run, train__hang_timeout=4, train__checkpoint_every=6), show=False)
+
+
+def _slow_disk(rank):
+    """Summing up what rank 1 wrote takes longer than the watchdog waits, and gets on all the while."""
+    entry = checkpoint._entry
+
+    def slowly(path):
+        for _ in range(40 * rank):
+            time.sleep(0.2)
+        return entry(path)
+
+    checkpoint._entry = slowly
+    _train_quickly("slow")
+
+
+def _dead_disk(rank):
+    """The first save of rank 1 never comes to its end."""
+    fsync = os.fsync
+    os.fsync = lambda file: time.sleep(100 * rank) or fsync(file)
+    _train_quickly("dead")
+
+
+def test_a_slow_disk_is_waited_for_and_a_dead_one_is_named(capfd):
+    launch(_slow_disk, 2)
+    assert [*contents("slow")] == ["step-00000006", "step-00000012"]
+    with pytest.raises(ProcessExitedException):
+        launch(_dead_disk, 2)
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("nanomai")]
+    assert len(said) == 1 and re.match(
+        r"nanomai: no step has ended for 4 s \(train.hang_timeout\): rank 1: is in checkpoint\.py:(\d+) \(_write\) "
+        r"after step 12; rank 0: waits for other ranks in checkpoint\.py:\1 \(_write\) after step 12$", said[0]), said

@@ -218,7 +218,7 @@ BUGS = {
             "keep = op in KEPT or (op.namespace", "keep = (op.namespace", soak=True),
         Bug("full recomputation is left out", "parallel/recompute.py",
             'if what == "none":', 'if what != "selective":', soak=True),
-        Bug("checksums are not compared", "checkpoint.py", "if found != named[name][1]:", "if False:"),
+        Bug("checksums are not compared", "checkpoint.py", "if found != named[name]:", "if False:"),
         Bug("a damaged checkpoint ends the search", "checkpoint.py",
             "            complaints.append(str(error))\n", "            return None, [str(error)]\n", soak=True),
     ],

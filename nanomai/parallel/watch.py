@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -39,12 +40,13 @@ class Watchdog:
         self.mesh, self.timeout_s = mesh, timeout_s
         self.grace = min(self.GRACE, timeout_s)
         self.steps_done, self.heard, self.ended = 0, time.monotonic(), threading.Event()
+        self.watched = threading.get_ident()
 
     def __enter__(self) -> Watchdog:
         if self.mesh.world_size > 1:
             start = self.mesh.from_main(uuid.uuid4)  # torchrun's store still holds what was said before a restart
             self.store = dist.PrefixStore(f"nanomai/{start}", meeting_point())
-            self.watched, self.parent, self.heard = threading.get_ident(), os.getppid(), time.monotonic()
+            self.parent, self.heard = os.getppid(), time.monotonic()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -60,6 +62,20 @@ class Watchdog:
         for item in items:
             yield item
             self.hear(self.steps_done)
+
+    def wait(self, pending: Future, thread: int) -> None:
+        """Until what `thread` is at is done on every rank. Collective.
+
+        Whatever such a thread of any rank computes is progress, as the others wait for it: one that hangs in the file
+        system computes nothing. Its place is then what this rank tells.
+        """
+        done, left, main = 0, 1, self.watched
+        while left:
+            wait([pending], timeout=1)
+            self.watched = main if pending.done() else thread
+            before, (done, left) = done, self.mesh.sum(torch.tensor([_spent_by(thread), not pending.done()])).tolist()
+            if done > before:
+                self.hear(self.steps_done)
 
     def _watch(self) -> None:
         while not self.ended.wait(1.0):
@@ -89,12 +105,17 @@ class Watchdog:
 SILENT, WAITS = "gives no sign of life", "waits for other ranks"
 
 
+def _spent_by(thread: int) -> int:
+    """Nanoseconds in which it has computed; 0 where the system does not tell (macOS), and all waiting is silent."""
+    return time.clock_gettime_ns(clock(thread)) if (clock := getattr(time, "pthread_getcpuclockid", None)) else 0
+
+
 def _where(thread: int, steps_done: int) -> str:
     """What the thread is at: its innermost line in this package, and whether a collective was called there."""
     frame, waits, at_home = sys._current_frames()[thread], False, False
     while frame is not None and not at_home:
         module = frame.f_globals.get("__name__", "")
-        collective = module.startswith(("torch.distributed", "nanomai.parallel"))
+        collective = module.startswith(("torch.distributed", "nanomai.parallel")) and ".checkpoint" not in module
         waits, at_home = waits or collective, module.startswith("nanomai.") and not collective
         place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
@@ -116,9 +137,8 @@ def _listed(ranks: list[int], most: int = 8) -> str:
 
 
 def _exit(message: str | None) -> None:
-    if message:
-        sys.stderr.write(f"nanomai: {message}\n")
     with contextlib.suppress(Exception):
+        sys.stderr.write(f"nanomai: {message}\n" if message else "")
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(1)  # the main thread hears nothing
@@ -134,8 +154,6 @@ class Slowest(NamedTuple):
 
 def slowest(mesh: Mesh, *mine: float) -> list[Slowest]:
     """Of each number that this rank has measured, the largest of all ranks. Collective; no device is waited for."""
-    table = torch.zeros(mesh.world_size, len(mine), dtype=torch.float64)
-    table[mesh.rank] = torch.tensor(mine, dtype=torch.float64)
-    largest, medians = mesh.sum(table).max(0), table.quantile(0.5, dim=0)
-    return [Slowest(int(rank), float(value), float(median))
-            for rank, value, median in zip(largest.indices, largest.values, medians, strict=True)]
+    table = torch.tensor(mesh.from_all(lambda: mine), dtype=torch.float64)  # (rank, number)
+    largest, medians = table.max(0), table.quantile(0.5, dim=0)
+    return [*map(Slowest, largest.indices.tolist(), largest.values.tolist(), medians.tolist())]
