@@ -77,8 +77,8 @@ class Saver:
         self.folder, self.keep, self.mesh, self.watch = folder, keep, mesh, watch
         self.writers = dataclasses.replace(mesh, group=dist.new_group(backend="gloo")) if mesh.world_size > 1 else mesh
         on_gpu = device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(use_pinned_memory=on_gpu, use_non_blocking_copy=on_gpu,
-                                                   use_shared_memory=False, use_async_staging=False))
+        self.stager = lambda: DefaultStager(StagingOptions(  # for each save a new one: that of torch 2.11 serves once
+            use_pinned_memory=on_gpu, use_non_blocking_copy=on_gpu, use_shared_memory=False, use_async_staging=False))
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.thread = self.pool.submit(threading.get_ident).result()
         self.pending: Future | None = None
@@ -98,7 +98,7 @@ class Saver:
         if not _is_good(final, self.mesh):
             self.mesh.from_main(lambda: _begin(final))
             _require_shared(_temporary(final), self.mesh)
-            self.pending = self.pool.submit(_write, self.stager.stage(tensors), state, final, self.keep, self.writers)
+            self.pending = self.pool.submit(_write, self.stager().stage(tensors), state, final, self.keep, self.writers)
         return final
 
     def wait(self) -> None:
