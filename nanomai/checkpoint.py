@@ -155,7 +155,8 @@ def _finish(temporary: Path, final: Path, files: dict[str, dict], state: dict, k
     os.rename(temporary, final)
     flush_folder(final.parent)
     saved = _all(final.parent)
-    for path in saved[: (at := saved.index(final))] + saved[at + keep :]:  # a run begins at the newest that is good
+    # what is newer is damaged, or this run would have begun there
+    for path in saved[: (at := saved.index(final))] + saved[at + keep :]:
         shutil.rmtree(path)
 
 

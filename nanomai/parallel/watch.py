@@ -64,10 +64,10 @@ class Watchdog:
             self.hear(self.steps_done)
 
     def wait(self, pending: Future, thread: int) -> None:
-        """Until what `thread` is at is done on every rank. Collective.
+        """Until `pending`, on which `thread` works, is done on every rank. Collective.
 
-        Whatever such a thread of any rank computes is progress, as the others wait for it: one that hangs in the file
-        system computes nothing. Its place is then what this rank tells.
+        Whatever such a thread of any rank computes is progress, since the others wait for it: one that hangs on a disk
+        computes nothing, while one that writes to a slow disk does now and then. Where it is, is what this rank tells.
         """
         done, left, main = 0, 1, self.watched
         while left:
