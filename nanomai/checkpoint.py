@@ -111,7 +111,12 @@ class Saver:
 
 
 def _is_good(final: Path, mesh: Mesh = ALONE) -> bool:
-    return mesh.from_main(final.exists) and newest(final.parent, mesh)[0] == final
+    try:
+        if there := mesh.from_main(final.exists):
+            verify(final, mesh)
+    except CheckpointError:
+        return False
+    return there
 
 
 def _temporary(final: Path) -> Path:
@@ -154,9 +159,9 @@ def _finish(temporary: Path, final: Path, files: dict[str, dict], state: dict, k
     flush_folder(temporary)
     os.rename(temporary, final)
     flush_folder(final.parent)
-    saved = _all(final.parent)
-    # what is newer is damaged, or this run would have begun there
-    for path in saved[: (at := saved.index(final))] + saved[at + keep :]:
+    older = [path for path in _all(final.parent) if path.name < final.name]
+    newer = [path for path in _all(final.parent) if path.name > final.name]  # damaged, or the run had begun there
+    for path in newer + older[keep - 1 :]:
         shutil.rmtree(path)
 
 
@@ -219,7 +224,8 @@ def _verify_share(path: Path, rank: int, world_size: int) -> None:
 
 def load(path: Path, tensors: dict[str, Tensor], mesh: Mesh = ALONE) -> None:
     """Reads the checkpoint into `tensors`, in place; names and shapes must be those that were saved."""
-    saved = (reader := _SafeReader(path)).read_metadata().state_dict_metadata
+    reader = _SafeReader(path)
+    saved = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         entry = saved.get(name)
         if not isinstance(entry, TensorStorageMetadata):  # the library would unpickle any other kind blindly
