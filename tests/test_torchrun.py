@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny_run import curve, environment, nanomai, rows, tiny, write_tiny
 
-from nanomai import Transformer, checkpoint, data, generate, load_config, load_run, trainer
+from nanomai import checkpoint, data, generate, load_config, load_run, trainer
+from nanomai.model import build_model
 from nanomai.parallel.launch import launch, process_group
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "nanomai"]
@@ -118,8 +119,7 @@ def _use_every_rank(rank):
 def _write_one_text(rank):
     """Each rank would draw tokens of its own."""
     with process_group() as mesh:
-        torch.manual_seed(0)
-        model = Transformer(load_config("tiny.yaml").model)
+        model = build_model(load_config("tiny.yaml").model)
         mine, ours = (generate(model, [1], 8, temperature=1.0, seed=rank, **options)
                       for options in ({}, {"agree": mesh.same}))
         texts = [None, None]
