@@ -140,7 +140,8 @@ class TrainConfig:
     max_skipped: int = 8
     """Skipped steps in a row that stop the run."""
     hang_timeout: float = 1800.0
-    """Seconds without the end of a step after which several ranks name the one that hangs, and exit; 0 waits on."""
+    """Seconds without the end of a step, or of progress with a save, after which several ranks name the one that hangs,
+    and exit; 0 waits on."""
     profile_steps: int = 0
     """Steps to trace with the profiler, from the fourth on; 0 traces none."""
 

@@ -202,8 +202,10 @@ class Observer(TorchDispatchMode):
 
 
 def _axes(layout: Layout) -> dict[str, str]:
-    """The axis of each group of ranks, by the group's name."""
+    """The axis of each group of ranks, by the group's name; one process has none."""
+    if layout.grid is None:
+        return {}
     views = (layout.sparse, {"shard": "fsdp of experts"}), (layout.grid, {}), (layout.dense, {"shard": "fsdp"})
     names = {view.get_group(axis).group_name: new.get(axis, axis)
-             for view, new in views if view is not None for axis in view.mesh_dim_names}
+             for view, new in views for axis in view.mesh_dim_names}
     return {dist.group.WORLD.group_name: "all"} | names  # one that is all of them goes by its axis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -34,15 +33,14 @@ def train_sharded(rank: int, config: ModelConfig, optim: OptimConfig, seed: int,
         found = {"norms": []}
         for ids, targets in torch.load(folder / "batches.pt"):
             mine = [x.chunk(layout.data_size)[layout.data_rank] for x in (ids, targets)]
-            with Observer(None, layout, config.n_layers) if layout.grid else nullcontext() as seen:
+            with Observer(None, layout, config.n_layers) as seen:
                 model(*mine, reduction="sum").backward()
             found["norms"].append(clip_gradients(model, optim.grad_clip, (targets != IGNORE).sum().item()).item())
             found["gradients"] = {name: share(p.grad)[0].clone() for name, p in model.named_parameters()}
             adamw.step()
             adamw.zero_grad()
         found["weights"] = {name: share(p)[0].clone() for name, p in model.named_parameters()}
-        if seen:
-            found["collectives"] = {name: dict(counts) for name, counts in seen.collectives.items()}
+        found["collectives"] = {name: dict(counts) for name, counts in seen.collectives.items()}
     torch.save(found, folder / f"rank-{rank}.pt")
 
 

@@ -57,8 +57,7 @@ def block_part(model: ModelConfig, experts: bool, tensor: int = 1, expert: int =
 
 @lru_cache(maxsize=4096)
 def blocks_of(model: ModelConfig, ranks: int, rank: int, stages_per_rank: int = 1) -> tuple[int, int]:
-    """Layers of one rank of a pipeline: without experts, and with.
-    """
+    """Layers of one rank of a pipeline: without experts, and with."""
     layers = [i for share in share_layers(model.n_layers, ranks * stages_per_rank)[rank::ranks] for i in share]
     mixed = sum(map(model.has_experts, layers))
     return len(layers) - mixed, mixed
