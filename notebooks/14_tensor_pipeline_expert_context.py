@@ -512,14 +512,15 @@ plt.show()
 
 # %% [markdown]
 # About fifteen times as many. In zigzag, a piece and its mirror image, all have
-# equally many. (A rank gains by it only where its kernel skips what the mask
-# forbids.) Now the attention: own queries, all keys in whatever order the ranks
-# bring them, and a mask that compares *positions*, not places.
+# equally many. Now the attention: own queries, all keys in whatever order the
+# ranks bring them, and a mask that compares *positions*, not places.
 #
 # In `nanomai/parallel/context.py` the model learns nothing of this. It already
 # knows a *cache* (`07_sampling_kv_cache`): something that is given new keys
 # and values and returns older ones with them. Here the others do not come
-# from the past, but from other ranks.
+# from the past, but from other ranks. And since a matrix would be computed
+# whole, hidden pairs too, the package puts the keys in order and lets each of
+# the two pieces attend to those up to its own end: causal, without a matrix.
 
 # %%
 q, k, v = (randn(2, 4, 16, 8) for _ in range(3))  # (B, H, T, K)
