@@ -9,7 +9,6 @@ A document is stored as `[end_of_text] + tokens`: the end-of-text token opens it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -23,12 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-try:
-    import resource
-except ImportError:  # Windows, which has no such limit
-    resource = None
-
-from nanomai.files import write_atomically
+from nanomai.files import allow_open_files, write_atomically
 from nanomai.tokenizer import Tokenizer
 
 _HEADER = struct.Struct("<8sIIQQQ64s64s32s")
@@ -153,17 +147,9 @@ def open_shards(folder: Path | str, split: str, verify: bool = True) -> list[lis
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    _allow_open_files()  # each mapped shard is one for the length of the run
+    allow_open_files()  # each mapped shard is one for the length of the run
     return [[_open_shard(folder / entry["file"], entry, manifest["tokenizer_hash"], verify)
              for entry in source["splits"][split]["shards"]] for source in manifest["sources"]]
-
-
-def _allow_open_files() -> None:
-    """As many as the system lets this process have; the usual limit of 1,024 ends at some 16 billion tokens."""
-    if resource is not None:
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS reports more than it grants
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _open_shard(path: Path, entry: dict, tokenizer_hash: str, verify: bool) -> np.ndarray:

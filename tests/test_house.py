@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "parallel": "config",
     "parallel.context": "config masks ops",
     "parallel.expert": "config grouped moe",
+    "parallel.launch": "config files",
     "parallel.tensor": "config ops",
     "checkpoint": "config files parallel",  # saving is collective: it needs to know who the main rank is
     "planner": "config machine parallel",  # machine to measure this one, where a plan is for it

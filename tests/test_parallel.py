@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import resource
 import time
 from collections import Counter
 
@@ -392,6 +393,7 @@ def assert_same(found: dict, expected: dict, where: str, norms: float = 1e-4) ->
 
 
 def talks(rank, folder):
+    assert len(set(resource.getrlimit(resource.RLIMIT_NOFILE))) == 1  # thousands of ranks are thousands of sockets
     with process_group() as mesh:  # already joined: the same mesh again
         assert mesh == Mesh(rank, 2, rank) and mesh.is_main == (rank == 0)
         assert mesh.sum(torch.tensor([rank + 1.0, 10.0])).tolist() == [3.0, 20.0]

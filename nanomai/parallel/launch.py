@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nanomai.config import ConfigError
+from nanomai.files import allow_open_files
 from nanomai.parallel.mesh import Mesh, RankFailed
 
 A_DAY = 86_400.0  # as long as rank 0 may prepare data while the others wait; death is noticed at once, see `watch.py`
@@ -37,6 +38,7 @@ def process_group(device_type: str = "cpu", timeout_s: float = A_DAY) -> Iterato
     joined_here = not dist.is_initialized()
     try:
         if joined_here:
+            allow_open_files()  # gloo connects every pair of ranks, for messages and for checkpoints
             # gloo serves CPU tensors (flags, preparation) beside nccl's GPU tensors
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
             if device_type == "cuda":
