@@ -66,7 +66,7 @@ def resolve(config: Config, device: torch.device, world_size: int = 1, before: C
         dtype = "bfloat16" if _has_fast_bfloat16(device) else "float32"
     if train.float8:
         _require_float8(device, dtype)
-    threads = train.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = train.threads or cores_of_a_rank()
     compile_blocks = train.compile
     if compile_blocks == "auto":
         compile_blocks = "on" if _can_compile(device) and _outlasts_compilation(config, device) else "off"
@@ -140,6 +140,11 @@ def _outlasts_compilation(config: Config, device: torch.device) -> bool:
     tokens = config.train.steps * piecewise(config.train.batch_tokens, 0)
     flops = tokens * config.model.flops_per_token(config.sequence_length)
     return device.type != "cpu" or flops / 2e11 > COMPILE_SECONDS  # 200 GFLOP/s: a laptop's training speed
+
+
+def cores_of_a_rank() -> int:
+    """Those of this machine, shared among the ranks that it has."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def usable_cores() -> int:

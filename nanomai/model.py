@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -130,17 +131,21 @@ class Transformer(Part):
             if isinstance(part, Part):
                 part.kernels = chosen
 
-    def use_float8(self, ranks: int = 1) -> None:
-        """From now on projections inside blocks are in float8; `ranks` share each. ConfigError where one cannot be."""
-        for name, part in self.blocks.named_modules():
-            if isinstance(part, Linear):
-                m, k = part.weight.shape
-                if m % (step := STEP * ranks) or k % step:
-                    raise ConfigError(f"float8 needs multiples of {step}, and blocks.{name}.weight is {m} x {k}",
-                                      "train.float8")
-                part.float8 = True
+    def use_float8(self, part: Callable[[str, Sequence[int]], Sequence[int]] = lambda name, shape: shape) -> None:
+        """From now on projections inside blocks are in float8; ConfigError where one cannot be.
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None,
+        `part` gives, of a parameter of this name and shape, the shape that one rank computes with.
+        """
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, Linear):
+                m, k = part(f"blocks.{name}.weight", whole := module.weight.shape)
+                if m % STEP or k % STEP:
+                    here = "" if (m, k) == tuple(whole) else " on a rank"
+                    raise ConfigError(f"float8 needs multiples of {STEP}, and blocks.{name}.weight is {m} x {k}{here}",
+                                      "train.float8")
+                module.float8 = True
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, /, document_ids: Tensor | None = None,
                 reduction: str = "mean", cache=None, last_only: bool = False, hidden: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of `ids` (B, T); or, given `targets` (B, T), the cross-entropy in nats.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -32,6 +33,7 @@ from nanomai.parallel.apply import allocate, clip_gradients, parallelize
 from nanomai.parallel.layout import Layout, factors, lay_out
 from nanomai.parallel.limits import share_layers
 from nanomai.parallel.mesh import Mesh
+from nanomai.parallel.tensor import part_of
 
 
 class SimulationError(RuntimeError):
@@ -207,6 +209,8 @@ def _observe_one(config: Config, layout: Layout, depth: int, micro_batches: int,
         model = Transformer(dataclasses.replace(config.model, n_layers=depth))
     model.compute_dtype = torch.bfloat16 if config.train.dtype == "auto" else getattr(torch, config.train.dtype)
     model.set_kernels("torch")
+    if config.train.float8:
+        model.use_float8(functools.partial(part_of, layout.sizes["tensor"]))
     # not among fakes: FSDP cuts a tensor into the shares of all ranks, to take one
     parallelize(model, layout, config.parallel)
     tokens = _sequences(config) * config.sequence_length // layout.sizes["context"]

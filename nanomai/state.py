@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nanomai.model import Transformer, init_weights
 from nanomai.optim import build_optimizers, named_state
 from nanomai.parallel.apply import allocate, parallelize, share
 from nanomai.parallel.layout import Layout
+from nanomai.parallel.tensor import part_of
 from nanomai.parallel.watch import Watchdog
 from nanomai.pretrained import PretrainedTokenizer
 from nanomai.report import Report
@@ -55,7 +57,7 @@ class RunState:
         model.compute_dtype = getattr(torch, train.dtype)
         model.set_kernels(train.kernels)
         if train.float8:
-            model.use_float8(self.layout.sizes["tensor"])
+            model.use_float8(functools.partial(part_of, self.layout.sizes["tensor"]))
         parallelize(model, self.layout, self.config.parallel, train.compile == "on")
         allocate(model, self.device)
         if fresh:

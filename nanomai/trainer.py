@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,13 +71,15 @@ def train(config: Config, show: bool = True) -> RunResult:
 
 
 def _open(config: Config, device: torch.device, mesh: Mesh) -> tuple[Path, Config]:
-    """The run folder, made by rank 0, and the configuration with every `auto` decided, as it was before on resume."""
+    """The run folder, and the configuration with every `auto` decided, by rank 0 for all but threads, or kept."""
     folder = mesh.from_main(lambda: runs.open_run(config))
     saved = folder / "config.yaml"
     before = mesh.from_main(lambda: load_config(saved) if saved.exists() else None)
     if before is not None and before.model != config.model:
         raise ConfigError(f"{folder} holds another model than {config.name}; resume with the same model settings")
-    return folder, machine.resolve(config, device, mesh.world_size, before)
+    found = mesh.from_main(lambda: machine.resolve(config, device, mesh.world_size, before))  # machines may differ
+    threads = config.train.threads or machine.cores_of_a_rank()
+    return folder, replace(found, train=replace(found.train, threads=threads))
 
 
 class Trainer:

@@ -1,6 +1,7 @@
 """Products in float8 against what they say they are: products of rounded factors, in float64."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from nanomai import float8, machine
 from nanomai.architecture import ConfigError, MoEConfig
 from nanomai.config import Config, ModelConfig, TrainConfig
+from nanomai.config_file import load_config
 from nanomai.layers import Linear
-from nanomai.model import build_model
+from nanomai.model import Transformer, build_model
+from nanomai.parallel.tensor import part_of
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=48, vocab_size=64,
@@ -123,11 +126,18 @@ def test_a_model_learns_in_it(compiled):
 
 @pytest.mark.parametrize("changes, ranks, line", [
     ({"d_ff": 40}, 1, "float8 needs multiples of 16, and blocks.0.mlp.w_gate.weight is 40 x 32"),
-    ({}, 2, "float8 needs multiples of 32, and blocks.0.attention.wk.weight is 16 x 32")])
+    ({}, 2, "float8 needs multiples of 16, and blocks.0.attention.wk.weight is 8 x 32 on a rank")])
 def test_a_matrix_that_does_not_fit_is_named(changes, ranks, line):
     with pytest.raises(ConfigError) as error:
-        build_model(dataclasses.replace(CONFIG, **changes)).use_float8(ranks)
+        build_model(dataclasses.replace(CONFIG, **changes)).use_float8(functools.partial(part_of, ranks))
     assert str(error.value) == line and error.value.field == "train.float8"
+
+
+def test_what_no_rank_cuts_need_not_be_a_multiple_for_each():
+    """DeepSeek's latents of 576 numbers are whole on every rank."""
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(load_config("deepseek-v3").model, n_layers=4))
+    model.use_float8(functools.partial(part_of, 8))
 
 
 @pytest.mark.parametrize("device, dtype, capability, line", [

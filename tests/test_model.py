@@ -76,6 +76,12 @@ def test_documents_are_alone(name):
         torch.testing.assert_close(before[:, 5:], model(x[:, 5:]), rtol=1e-4, atol=1e-4)
 
 
+def test_ids_and_targets_have_places():
+    """Ranks that share sequences look for them there; by name they would be overlooked."""
+    with pytest.raises(TypeError, match="positional-only"):
+        shaken(tiny("llama"))(ids(), targets=ids())
+
+
 # --- what comes out
 
 

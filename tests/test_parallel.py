@@ -118,6 +118,7 @@ CASES = {  # of two ranks and of four: the same five steps must come of each, an
         "expert, selective": {"expert": 2, "recompute": "selective"}},
     4: {"fsdp": {}, "hsdp": {"replicas": 2}, "fsdp x tensor": {"tensor": 2},
         "replicas x tensor": {"replicas": 2, "tensor": 2}, "expert x tensor": {"expert": 2, "tensor": 2},
+        "expert x tensor, an expert each": {"expert": 2, "tensor": 2},
         "expert x context": {"expert": 2, "context": 2}, "context": {"context": 4},
         "context by heads x tensor": {"context": 2, "context_by": "heads", "tensor": 2},
         "context by heads, more than for keys": {"context": 4, "context_by": "heads"}},
@@ -125,6 +126,8 @@ CASES = {  # of two ranks and of four: the same five steps must come of each, an
 
 
 def models_of(case):
+    if case == "expert x tensor, an expert each":
+        return {"few experts": FEW}
     if case == "fsdp":
         return MODELS | {"few experts": FEW}
     return MODELS if case in ("tensor", "fsdp x tensor") else {"experts": EXPERTS}  # whose first layer is dense

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_run import curve, environment, nanomai, rows, tiny, write_tiny
 
-from nanomai import checkpoint, data, generate, load_config, load_run, trainer
+from nanomai import checkpoint, data, generate, load_config, load_run, machine, trainer
 from nanomai.model import build_model
 from nanomai.parallel.launch import launch, process_group
 
@@ -127,10 +127,18 @@ def _write_one_text(rank):
         assert texts[0][0] != texts[1][0] and texts[0][1] == texts[1][1] == texts[0][0]
 
 
+def _train_on_two_kinds(rank):
+    """What `auto` becomes is rank 0's to say, or one would send bfloat16 where the other waits for float32."""
+    machine._has_fast_bfloat16 = lambda device: rank == 0
+    trainer.train(tiny(train__run_dir="kinds", train__steps=2, train__dtype="auto"), show=False)
+
+
 def test_different_token_counts_and_refusals_on_two_ranks(here):
     (here / "hollow").mkdir()
     launch(_use_every_rank, 2)
     launch(_write_one_text, 2)
+    launch(_train_on_two_kinds, 2)
+    assert "dtype: bfloat16" in (here / "kinds" / "config.yaml").read_text()
     _train_masked(0, "one")
     same(curve("two"), curve("one"))
 

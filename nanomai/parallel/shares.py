@@ -17,7 +17,8 @@ def cut(module: nn.Module, name: str, ranks: DeviceMesh, *placements: Placement)
         raise ValueError(f"{name} has values already; make a model that ranks are to share under torch.device('meta')")
     for axis, placement in enumerate(placements):
         if placement.is_shard():
-            local = local.chunk(ranks.size(axis), placement.dim)[0].contiguous()
+            local = local.chunk(ranks.size(axis), placement.dim)[0]
+    local = local.new_empty(local.shape)  # in a row in memory, as FSDP wants it
     module.register_parameter(name, nn.Parameter(DTensor.from_local(local, ranks, placements, run_check=False)))
 
 

@@ -9,6 +9,7 @@ or an MLP, and the sums that come out are scattered again. R is the number of ra
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,12 @@ def placement(name: str) -> Placement:
     """How the parameter of this name is cut."""
     ends = [end for end in CUT if f".{name}".endswith(f".{end}")]
     return Shard(CUT[ends[0]]) if ends else Replicate()
+
+
+def part_of(size: int, name: str, shape: Sequence[int]) -> list[int]:
+    """The shape of what one of `size` ranks has of the parameter of this name and shape."""
+    cut_here = placement(name)
+    return [n // size if cut_here.is_shard(dim) else n for dim, n in enumerate(shape)]
 
 
 def _count_own_heads(attention: nn.Module, size: int) -> None:

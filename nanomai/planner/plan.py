@@ -95,7 +95,8 @@ def plan(config: Config, gpus: int = 1, gpu: str | Device = "h100", assumptions:
                "mfu": flops["wanted"] * tokens / seconds / gpus / device.peak},
         run=_run(gpus, device, a, flops["wanted"], [(n, t, time["step"]) for (n, t, _), time in
                                                     zip(steps, times, strict=True)]),
-        assumptions=asdict(a) | {f"device_{f.name}": getattr(device, f.name) for f in fields(device)})
+        assumptions=asdict(a) | {f"device_{f.name}": getattr(device, f.name) for f in fields(device)}
+        | ({"train.float8": "not counted"} if config.train.float8 else {}))
 
 
 def check_batches(config: Config, ranks: int) -> None:
