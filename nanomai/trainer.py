@@ -251,7 +251,7 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             pieces = stream_text(self.state.model, tokenizer, prompt, tokens, temperature=0.8, top_p=0.95, seed=seed,
                                  agree=self.mesh.same)
-            text = "".join(pieces)
+            text = "".join(self.watch.each(pieces))
         fsdp.scatter(self.state.model)
         return text
 
