@@ -24,6 +24,7 @@ import pickle
 import re
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -189,7 +190,11 @@ def newest(folder: Path, mesh: Mesh = ALONE) -> tuple[Path | None, list[str]]:
 
 
 def _require_shared(folder: Path, mesh: Mesh) -> None:
-    for rank, sees in enumerate(mesh.from_all(folder.is_dir)):
+    def seen() -> bool:
+        """At once, or as late as a file system of a network may be to tell of what another machine has made."""
+        return any(folder.is_dir() or time.sleep(seconds) for seconds in (1, 2, 4)) or folder.is_dir()
+
+    for rank, sees in enumerate(mesh.from_all(seen)):
         if not sees:
             raise CheckpointError(f"rank {rank} does not see {folder}; all machines of a run must share its folder")
 
